@@ -1,0 +1,33 @@
+"""Installs the package `sivae_fast`; the folder kernels/ becomes `sivae_fast.kernels`."""
+
+from setuptools import find_packages, setup
+
+losses = ["torch>=2.8", "numpy"]
+train = [
+    "deepspeed>=0.17",
+    "nvidia-dali-cuda130; platform_system == 'Linux'",
+    "pillow",
+    "pydantic>=2.7",
+    "pyyaml",
+    "safetensors>=0.4",
+    "tensorboard",
+    "tqdm",
+]
+evaluate = ["matplotlib", "scipy", "scikit-learn"]
+image_metrics = ["torch-fidelity", "torchmetrics"]  # need torchvision
+develop = ["triton", "pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "ruff", "import-linter", *evaluate]
+
+setup(
+    name="sivae-fast",
+    version="0.1.0",
+    description="Fast and trusted training of introspective variational autoencoders",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["sivae_fast.kernels", *find_packages(include=["sivae_fast", "sivae_fast.*"])],
+    package_dir={"sivae_fast.kernels": "kernels"},
+    install_requires=losses,
+    extras_require={"train": train, "eval": evaluate + image_metrics, "dev": develop},
+    entry_points={"console_scripts": ["sivae-fast = sivae_fast.cli:main"]},
+)

@@ -1,0 +1,55 @@
+"""What every model offers to the training step, the evaluation and the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from sivae_fast.draws import Stream
+
+
+class Posterior(NamedTuple):
+    """Diagonal Gaussian q(z|x)."""
+
+    mean: Tensor  # [B, Z]
+    logvar: Tensor  # [B, Z], natural logarithm of the variance
+
+
+class Model(nn.Module):
+    """An encoder and a decoder around a Gaussian prior N(0, prior_std^2 I) on Z numbers.
+
+    A new system subclasses this and gives `encode`, `decode` and the two lists of modules; the training step
+    uses nothing else. `stream` carries the random numbers of one pass; None draws from torch's own generator.
+    """
+
+    latent_size: int
+    prior_std: float = 1.0
+    #: True where rows of a batch influence each other (batch norm): passes must then not be joined.
+    uses_batch_statistics: bool = False
+
+    def encode(self, x: Tensor) -> Posterior:
+        raise NotImplementedError
+
+    def decode(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        """x_hat for latents [B, Z]."""
+        raise NotImplementedError
+
+    def generate(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        """x_hat for latents [B, Z] drawn from the prior; differs from `decode` where a model mixes styles."""
+        return self.decode(z, stream)
+
+    def encoder_modules(self) -> Iterable[nn.Module]:
+        """The modules that the encoder phase trains; together with the decoder's they hold every parameter."""
+        raise NotImplementedError
+
+    def decoder_modules(self) -> Iterable[nn.Module]:
+        raise NotImplementedError
+
+    def learning_rate_factors(self) -> dict[str, float]:
+        """Factor on the learning rate by parameter name; names left out have 1 (equalised learning rate)."""
+        return {}
+
+    def set_level(self, lod: int, blend: float) -> None:
+        """Progressive growing: the level of detail in use and how far it is faded in; models of one size ignore it."""
