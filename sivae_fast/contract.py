@@ -52,4 +52,4 @@ class Model(nn.Module):
         return {}
 
     def set_level(self, lod: int, blend: float) -> None:
-        """Progressive growing: the level of detail in use and how far it is faded in; models of one size ignore it."""
+        """Progressive growing: the level in use, how far it is faded in (0 to 1); one-size models ignore it."""
