@@ -1,5 +1,7 @@
 """Installs the package `sivae_fast`; the folder kernels/ becomes `sivae_fast.kernels`."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 losses = ["torch>=2.8", "numpy"]
@@ -15,13 +17,14 @@ train = [
 ]
 evaluate = ["matplotlib", "scipy", "scikit-learn"]
 image_metrics = ["torch-fidelity", "torchmetrics"]  # need torchvision
-develop = ["triton", "pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "ruff", "import-linter", *evaluate]
+tests = ["pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "ruff", "import-linter"]
+develop = ["triton", *tests, *evaluate]  # triton: torch brings its own where there is a GPU
 
 setup(
     name="sivae-fast",
     version="0.1.0",
     description="Fast and trusted training of introspective variational autoencoders",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -26,6 +26,8 @@ class Model(nn.Module):
 
     latent_size: int
     prior_std: float = 1.0
+    #: True where `decode_fake` runs another decoder than `decode` (the bootstrap variant).
+    lagged_decoder: bool = False
     #: True where rows of a batch influence each other (batch norm): passes must then not be joined.
     uses_batch_statistics: bool = False
 
@@ -40,11 +42,16 @@ class Model(nn.Module):
         """x_hat for latents [B, Z] drawn from the prior; differs from `decode` where a model mixes styles."""
         return self.decode(z, stream)
 
+    def decode_fake(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        """Reconstruction of a fake from latents [B, Z]; the bootstrap variant has a lagged decoder here."""
+        return self.decode(z, stream)
+
     def encoder_modules(self) -> Iterable[nn.Module]:
-        """The modules that the encoder phase trains; together with the decoder's they hold every parameter."""
+        """The modules that the encoder phase trains."""
         raise NotImplementedError
 
     def decoder_modules(self) -> Iterable[nn.Module]:
+        """The modules that the decoder phase trains; with the encoder's they hold every trained parameter."""
         raise NotImplementedError
 
     def learning_rate_factors(self) -> dict[str, float]:
@@ -52,4 +59,4 @@ class Model(nn.Module):
         return {}
 
     def set_level(self, lod: int, blend: float) -> None:
-        """Progressive growing: the level in use, how far it is faded in (0 to 1); one-size models ignore it."""
+        """Progressive growing: the level in use and its fade (0 to 1); one-size models ignore it."""

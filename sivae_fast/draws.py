@@ -70,7 +70,9 @@ class Stream:
     def _rows_of(self, draw, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if shape[0] != len(self.rows):
             raise ValueError(f"asked for {shape[0]} rows, this pass has {len(self.rows)}")
-        whole = draw((self.rows.total, *shape[1:]), generator=self._generator, device=self.device, dtype=dtype)
+        whole = draw(
+            (self.rows.total, *shape[1:]), generator=self._generator, device=self.device, dtype=dtype
+        )
         return whole[self.rows.start : self.rows.stop]
 
 
@@ -86,3 +88,34 @@ class Draws:
     def stream(self, name: str) -> Stream:
         digest = hashlib.blake2b(f"{self.seed}/{self.images}/{name}".encode(), digest_size=8).digest()
         return Stream(int.from_bytes(digest, "big") >> 1, self.rows, self.device)
+
+
+class Joined:
+    """Several streams side by side, for passes over batches that are joined into one call.
+
+    Row for row it gives what the streams give alone.
+    """
+
+    def __init__(self, *streams: Stream):
+        self.streams = streams
+        self.device = streams[0].device
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._join("normal", shape, dtype)
+
+    def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._join("uniform", shape, dtype)
+
+    def shared_normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One draw a stream, repeated for its rows: `shape[0]` becomes the number of joined rows."""
+        parts = [
+            stream.shared_normal(*shape, dtype=dtype).expand(len(stream.rows), *shape[1:])
+            for stream in self.streams
+        ]
+        return torch.cat(parts)
+
+    def _join(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if shape[0] != sum(len(stream.rows) for stream in self.streams):
+            raise ValueError(f"asked for {shape[0]} rows, the joined passes have others")
+        parts = [getattr(stream, kind)(len(stream.rows), *shape[1:], dtype=dtype) for stream in self.streams]
+        return torch.cat(parts)

@@ -1,0 +1,249 @@
+"""Engines: backward, gradient reduction and optimizer step of one side (encoder or decoder).
+
+Two engines train the two sides. `TorchEngine` needs PyTorch alone; `DeepSpeedEngine` adds ZeRO 1 and 2.
+The networks are called directly, never through an engine; the side that is not trained has
+`requires_grad` off; gradients are made by `engine.backward` only. Other ways of combining two optimizers
+with ZeRO were measured to be silently wrong (frozen halves stepped, ranks drifting apart), so they are not offered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sivae_fast.contract import Model
+from sivae_fast.training.optim import parameter_groups
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq")
+
+
+class TorchEngine:
+    """Plain PyTorch: gradients averaged over ranks in one flat all-reduce."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer):
+        self.parameters, self.optimizer = parameters, optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a scalar loss; call once for each micro-batch."""
+        loss.backward()
+
+    def step(self) -> None:
+        """Averages the gradients over ranks, updates the parameters and clears the gradients."""
+        self._average_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def clear_state(self) -> None:
+        """Forgets moments and step counts, as at a switch of the level of detail."""
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["t"] = 0
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Full moments by parameter name, {} before the first step; a collective call on every rank."""
+        return {
+            name: {key: self.optimizer.state[parameter][key] for key in STATE_KEYS}
+            for name, parameter in self.parameters.items()
+            if parameter in self.optimizer.state
+        }
+
+    def steps(self) -> int:
+        """Optimizer steps since the state was cleared."""
+        return self.optimizer.param_groups[0]["t"]
+
+    def load_state(self, state: dict[str, dict[str, Tensor]], steps: int) -> None:
+        self.clear_state()
+        for group in self.optimizer.param_groups:
+            group["t"] = steps
+        for name, moments in state.items():
+            parameter = self.parameters[name]
+            self.optimizer.state[parameter] = {
+                "step": _step_tensor(steps, parameter.device),
+                **{key: moments[key].to(parameter).clone() for key in STATE_KEYS},
+            }
+
+    def parameters_changed(self) -> None:
+        """To be called after parameters were written from outside."""
+
+    def _average_gradients(self) -> None:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        pieces = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
+
+
+class DeepSpeedEngine:
+    """DeepSpeed with ZeRO 0, 1 or 2 over float32 weights."""
+
+    def __init__(
+        self,
+        modules: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        zero: int,
+    ):
+        deepspeed = _import_deepspeed()
+        self.parameters, self.optimizer, self.zero = parameters, optimizer, zero
+        self._engine, *_ = deepspeed.initialize(
+            model=modules, optimizer=optimizer, config=deepspeed_config(zero), dist_init_required=False
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def clear_state(self) -> None:
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["t"] = 0
+        if self.zero:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+
+    def steps(self) -> int:
+        return self.optimizer.param_groups[0]["t"]
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        if not self.zero:
+            return TorchEngine.state(self)
+        if not self.steps():
+            return {}
+        from deepspeed.utils import safe_get_full_optimizer_state as full
+
+        return {
+            name: {key: full(parameter, key) for key in STATE_KEYS}
+            for name, parameter in self.parameters.items()
+        }
+
+    def load_state(self, state: dict[str, dict[str, Tensor]], steps: int) -> None:
+        if not self.zero:
+            TorchEngine.load_state(self, state, steps)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state as set_full
+
+        self.clear_state()
+        for group in self.optimizer.param_groups:
+            group["t"] = steps
+        if not state:
+            return
+        for flat in self._engine.optimizer.single_partition_of_fp32_groups:
+            self.optimizer.state[flat] = {
+                "step": _step_tensor(steps, flat.device),
+                **{key: torch.zeros_like(flat) for key in STATE_KEYS},
+            }
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, moments in state.items():
+            for key in STATE_KEYS:
+                set_full(self.parameters[name], moments[key], key)
+
+    def parameters_changed(self) -> None:
+        if self.zero:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            for parameter in self.parameters.values():
+                safe_set_full_fp32_param(parameter, parameter.detach())
+
+
+def make_engine(
+    model: Model, side: str, make_optimizer, *, kind: str, zero: int
+) -> TorchEngine | DeepSpeedEngine:
+    """Engine of one side ("encoder" or "decoder") of `model`; `make_optimizer(groups)` builds its optimizer."""
+    groups = parameter_groups(model, side)
+    parameters = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
+    optimizer = make_optimizer(groups)
+    if kind == "torch":
+        return TorchEngine(parameters, optimizer)
+    modules = model.encoder_modules() if side == "encoder" else model.decoder_modules()
+    return DeepSpeedEngine(nn.ModuleList(modules), parameters, optimizer, zero=zero)
+
+
+def deepspeed_config(zero: int) -> dict:
+    """DeepSpeed's settings. Clipping is written out because leaving it out means clipping at 1.0."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # only ratios of batch sizes enter DeepSpeed's arithmetic
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": zero},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def check_engine(kind: str, zero: int, deepspeed: dict) -> None:
+    """Refuses combinations that are wrong without a message; names the option and what is accepted."""
+    if kind == "torch" and zero:
+        raise ValueError(f"engine.zero={zero} needs engine.kind=deepspeed; the torch engine has zero=0 only")
+    if zero not in (0, 1, 2):
+        raise ValueError(
+            f"engine.zero={zero}: ZeRO 0, 1 and 2 are accepted. Stage 3 applies stale gradients to levels of "
+            "detail that left the graph, and saves little for networks of this size"
+        )
+    for key in ("bf16", "fp16", "gradient_clipping", "torch_autocast", "optimizer"):
+        if key in deepspeed:
+            raise ValueError(
+                f"engine.deepspeed.{key} is not accepted: two engines with it were measured to differ silently "
+                "from plain training. Use train.precision=bf16 for autocast over float32 weights"
+            )
+
+
+@contextmanager
+def distributed(kind: str) -> Iterator[tuple[int, int, torch.device]]:
+    """(rank, world, device) of this process, under deepspeed, torchrun or plain python."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    else:
+        device = torch.device("cpu")
+    if world > 1 or kind == "deepspeed":
+        for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            os.environ.setdefault(key, value)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **store)
+    try:
+        yield rank, world, device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def deepspeed_missing() -> str | None:
+    """Why DeepSpeed cannot be used, or None."""
+    try:
+        _import_deepspeed()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _import_deepspeed():
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    import deepspeed
+    import deepspeed.ops
+
+    # Building this op takes 50 s at start-up and serves inference only.
+    if isinstance(getattr(deepspeed.ops, "__compatible_ops__", None), dict):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    if dist.is_initialized() and not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def _step_tensor(steps: int, device: torch.device) -> Tensor:
+    return torch.tensor(float(steps), dtype=torch.float32, device=device)

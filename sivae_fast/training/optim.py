@@ -1,0 +1,124 @@
+"""Optimizers: one for the encoder, one for the decoder.
+
+The published rule is Adam with beta1 = 0 and eps added to the *uncorrected* root of the second moment:
+
+    p <- p - lr * f * sqrt(1 - beta2^t) * g / (sqrt(v) + eps)
+
+which is any Adam whose eps is eps / sqrt(1 - beta2^t) at step t. So every implementation (PyTorch fused,
+DeepSpeed, apex) follows it exactly through a hook that sets eps before each step. The factor f of a parameter
+(equalised learning rate) is the factor of its parameter group.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import defaultdict
+
+import torch
+
+from sivae_fast.contract import Model
+
+IMPLEMENTATIONS = ("torch", "deepspeed", "apex")
+
+
+def parameter_groups(model: Model, side: str) -> list[dict]:
+    """Parameters of one side ("encoder" or "decoder"), one group for each learning-rate factor.
+
+    Each group has `params`, their `names` in the model and `factor`.
+    """
+    factors = model.learning_rate_factors()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_factor: dict[float, list] = defaultdict(list)
+    modules = model.encoder_modules() if side == "encoder" else model.decoder_modules()
+    for module in modules:
+        for parameter in module.parameters():
+            by_factor[factors.get(names[parameter], 1.0)].append(parameter)
+    return [
+        {"params": params, "names": [names[p] for p in params], "factor": factor}
+        for factor, params in sorted(by_factor.items())
+    ]
+
+
+def make_optimizer(
+    groups: list[dict],
+    *,
+    implementation: str = "torch",
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    published_eps: bool = False,
+) -> torch.optim.Optimizer:
+    """Adam over `groups`. published_eps: eps is added to the uncorrected root (module docstring).
+
+    Raises RuntimeError when an implementation cannot be constructed here; it says what to use instead.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"optim.implementation is {implementation!r}, must be one of {IMPLEMENTATIONS}")
+    device = groups[0]["params"][0].device
+    common = {"lr": 0.0, "betas": tuple(betas), "eps": eps}
+    if implementation == "torch":
+        optimizer = torch.optim.Adam(groups, fused=_fused_works(device), **common)
+    else:
+        optimizer = _construct(implementation, groups, common)
+    for group in optimizer.param_groups:
+        group["t"] = 0
+    optimizer.register_step_pre_hook(lambda self, args, kwargs: _count(self, eps, published_eps))
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def _count(optimizer: torch.optim.Optimizer, eps: float, published_eps: bool) -> None:
+    for group in optimizer.param_groups:
+        group["t"] += 1
+        if published_eps:
+            group["eps"] = eps / (1 - group["betas"][1] ** group["t"]) ** 0.5
+
+
+def _fused_works(device: torch.device) -> bool:
+    return device.type in ("cuda", "cpu")
+
+
+def _construct(implementation: str, groups: list[dict], common: dict) -> torch.optim.Optimizer:
+    """A third-party fused Adam, probed by construction: a Python-only build can be imported but no more."""
+    module = {"deepspeed": "deepspeed.ops.adam", "apex": "apex.optimizers"}[implementation]
+    device = groups[0]["params"][0].device
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"optim.implementation={implementation} needs a GPU, parameters are on {device}: use torch"
+        )
+    try:
+        fused = importlib.import_module(module).FusedAdam
+        optimizer = fused(groups, adam_w_mode=False, **common)
+    except Exception as error:
+        raise RuntimeError(
+            f"optim.implementation={implementation} cannot be used here ({error}): use torch"
+        ) from error
+    if not follows_torch(fused, device):
+        raise RuntimeError(
+            f"optim.implementation={implementation} differs from PyTorch's Adam here: use torch"
+        )
+    return optimizer
+
+
+def follows_torch(fused: type, device: torch.device, steps: int = 4) -> bool:
+    """Whether `fused` equals torch.optim.Adam when a tensor joins late, as in progressive growing.
+
+    Implementations that count steps per group rather than per tensor fail this.
+    """
+
+    def run(kind: type, **extra) -> list[torch.Tensor]:
+        generator = torch.Generator(device).manual_seed(0)
+        weights = [torch.randn(64, device=device, generator=generator).requires_grad_() for _ in range(2)]
+        optimizer = kind(weights, lr=1e-2, betas=(0.0, 0.99), **extra)
+        for step in range(steps):
+            for index, weight in enumerate(weights):
+                gradient = torch.randn(64, device=device, generator=generator)
+                weight.grad = gradient if index == 0 or step >= steps // 2 else None
+            optimizer.step()
+        return weights
+
+    pairs = zip(run(torch.optim.Adam), run(fused, adam_w_mode=False), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)

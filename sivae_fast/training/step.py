@@ -1,0 +1,217 @@
+"""The two phases of an introspective VAE, written once against the model and objective contracts.
+
+Words: `rec` is the reconstruction of the real batch, `fake` a decoded prior sample, `rec_rec` and `rec_fake`
+are the reconstructions of those two.
+
+Two schedules compute the same update:
+
+- "published" runs every pass of the published iteration: the decoder phase decodes and encodes anew.
+- "minimal" computes nothing twice. The encoder phase records the decoder's graph of rec and fake once, takes
+  only the data gradient through it (`_Through`), and the decoder phase uses the retained graph for its own
+  backward pass: 24 instead of 33 forward-equivalents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sivae_fast.contract import Model, Posterior
+from sivae_fast.draws import Draws, Joined
+from sivae_fast.objectives import Loss, Term
+
+SCHEDULES = ("minimal", "published")
+
+
+class _Through(torch.autograd.Function):
+    """`out`, whose graph starts at the leaf `source`, seen as a function of `z` with data gradient only.
+
+    The graph of `out` is kept for a later backward pass and no parameter in it receives a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, source: Tensor, out: Tensor) -> Tensor:
+        ctx.source, ctx.out = source, out
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (to_source,) = torch.autograd.grad(ctx.out, ctx.source, gradient, retain_graph=True)
+        return to_source, None, None
+
+
+@dataclass
+class Shared:
+    """What the encoder phase leaves for the decoder phase of the same micro-batch."""
+
+    z: Tensor  # posterior draw of the real batch, detached
+    rec: Tensor | None = None  # with the decoder's graph; None where the decoder phase computes it again
+    fake: Tensor | None = None
+
+
+class Step:
+    """Losses of the encoder phase, the decoder phase and the VAE phase of one micro-batch.
+
+    model: see `sivae_fast.contract.Model`; objective: see `sivae_fast.objectives`.
+    schedule: "minimal" or "published".
+    fresh_draws: the decoder phase draws new noise, prior samples and posterior samples (from the updated
+        encoder), as the published style trainer does; possible with the published schedule only.
+    share_forward: keep the decoder's graph from the encoder phase to the decoder phase (minimal schedule).
+        Off, the decoder phase decodes again with the same draws: two more forward-equivalents, less memory
+        over accumulated micro-batches.
+    autocast: dtype of the networks' arithmetic, e.g. torch.bfloat16; None keeps that of the weights.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective,
+        *,
+        schedule: str = "minimal",
+        fresh_draws: bool = False,
+        share_forward: bool = True,
+        autocast: torch.dtype | None = None,
+    ):
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {schedule!r}, must be one of {', '.join(SCHEDULES)}")
+        if fresh_draws and schedule != "published":
+            raise ValueError("fresh_draws=True needs schedule='published'")
+        self.model, self.objective = model, objective
+        self.fresh_draws = fresh_draws
+        self.shares_forward = share_forward and schedule == "minimal"
+        self.joins = schedule == "minimal" and not model.uses_batch_statistics
+        self.autocast_dtype = autocast
+        self.encoder_parameters = _parameters(model.encoder_modules())
+        self.decoder_parameters = _parameters(model.decoder_modules())
+
+    def encoder_phase(self, x: Tensor, draws: Draws) -> tuple[Loss, Shared]:
+        """Loss that the encoder minimises. x [B, ...]; backward reaches the encoder's parameters only."""
+        model, objective = self.model, self.objective
+        with self._autocast(x):
+            posterior = _in_float(model.encode(x))
+            z = self._sample(posterior, draws, "posterior")
+            shared = Shared(z.detach())
+            if self.shares_forward:
+                source = shared.z.clone().requires_grad_()
+                shared.rec = model.decode(source, draws.stream("rec"))
+                shared.fake = self._generate(x, draws)
+                rec, fake = _Through.apply(z, source, shared.rec), shared.fake.detach()
+            else:
+                with _frozen(self.decoder_parameters):
+                    rec = model.decode(z, draws.stream("rec"))
+                    with torch.no_grad():
+                        fake = self._generate(x, draws)
+            seen = self._encode_fakes(rec.detach(), fake)
+            latents = [self._sample(seen[0], draws, "rec_rec/z"), self._sample(seen[1], draws, "rec_fake/z")]
+            with _frozen(self.decoder_parameters):
+                rec_rec, rec_fake = self._decode_fakes(latents, draws)
+        loss = objective.encoder(
+            Term(x, rec, posterior), Term(rec, rec_rec, seen[0]), Term(fake, rec_fake, seen[1])
+        )
+        return loss, shared
+
+    def decoder_phase(self, x: Tensor, draws: Draws, shared: Shared) -> Loss:
+        """Loss that the decoder minimises, after the encoder's update; reaches the decoder's parameters."""
+        model, objective = self.model, self.objective
+        suffix = "/decoder" if self.fresh_draws else ""
+        with self._autocast(x):
+            rec, fake = shared.rec, shared.fake
+            if rec is None:
+                z = self._fresh_latent(x, draws) if self.fresh_draws else shared.z
+                rec = model.decode(z, draws.stream("rec" + suffix))
+                fake = self._generate(x, draws, suffix)
+            with _frozen(self.encoder_parameters):
+                seen = self._encode_fakes(rec, fake)
+            rec_term, fake_term = Term(None, None, seen[0]), Term(None, None, seen[1])
+            if objective.gamma_r:
+                rec_term, fake_term = self._reconstruct_fakes(rec, fake, seen, draws, suffix)
+        return objective.decoder(Term(x, rec, None), rec_term, fake_term)
+
+    def vae_phase(self, x: Tensor, draws: Draws) -> tuple[Loss, Posterior, Posterior]:
+        """Loss of a plain VAE as a function of a cut posterior.
+
+        Returns (loss, posterior, cut): backward on the loss reaches the decoder and leaves its gradient at
+        the leaves `cut`; `posterior_surrogate(posterior, cut)` then carries it into the encoder. One backward
+        pass for each optimizer, and nothing is computed twice.
+        """
+        with self._autocast(x):
+            posterior = _in_float(self.model.encode(x))
+            cut = Posterior(*(part.detach().requires_grad_() for part in posterior))
+            z = self._sample(cut, draws, "posterior")
+            rec = self.model.decode(z, draws.stream("rec"))
+        return self.objective.vae(Term(x, rec, cut)), posterior, cut
+
+    def _sample(self, posterior: Posterior, draws: Draws, name: str) -> Tensor:
+        noise = draws.stream(name).normal(*posterior.mean.shape, dtype=posterior.mean.dtype)
+        return self.objective.reparameterize(posterior, noise)
+
+    def _fresh_latent(self, x: Tensor, draws: Draws) -> Tensor:
+        with torch.no_grad():
+            return self._sample(_in_float(self.model.encode(x)), draws, "posterior/decoder")
+
+    def _generate(self, x: Tensor, draws: Draws, suffix: str = "") -> Tensor:
+        prior = draws.stream("prior" + suffix).normal(len(x), self.model.latent_size, dtype=_float_of(x))
+        return self.model.generate(prior * self.model.prior_std, draws.stream("fake" + suffix))
+
+    def _encode_fakes(self, rec: Tensor, fake: Tensor) -> list[Posterior]:
+        if not self.joins:
+            return [_in_float(self.model.encode(rec)), _in_float(self.model.encode(fake))]
+        both = _in_float(self.model.encode(torch.cat([rec, fake])))
+        means, logvars = both.mean.chunk(2), both.logvar.chunk(2)
+        return [Posterior(means[0], logvars[0]), Posterior(means[1], logvars[1])]
+
+    def _decode_fakes(self, latents: list[Tensor], draws: Draws, suffix: str = "") -> list[Tensor]:
+        streams = [draws.stream("rec_rec" + suffix), draws.stream("rec_fake" + suffix)]
+        decode = self.model.decode_fake
+        if not self.joins:
+            return [decode(z, stream) for z, stream in zip(latents, streams, strict=True)]
+        return list(decode(torch.cat(latents), Joined(*streams)).chunk(2))
+
+    def _reconstruct_fakes(self, rec, fake, seen, draws, suffix) -> tuple[Term, Term]:
+        """The gamma_r terms: sse(rec, rec_rec) and sse(fake, rec_fake) as the decoder sees them."""
+        names = ("rec_rec/z/decoder", "rec_fake/z/decoder")
+        latents = [self._sample(posterior, draws, name) for posterior, name in zip(seen, names, strict=True)]
+        if not self.model.lagged_decoder:
+            latents = [z.detach() for z in latents]
+            rec, fake = rec.detach(), fake.detach()
+        rec_rec, rec_fake = self._decode_fakes(latents, draws, suffix or "/decoder")
+        return Term(rec, rec_rec, seen[0]), Term(fake, rec_fake, seen[1])
+
+    def _autocast(self, x: Tensor):
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(x.device.type, dtype=self.autocast_dtype, enabled=enabled)
+
+
+def posterior_surrogate(posterior: Posterior, cut: Posterior) -> Tensor:
+    """Scalar whose gradient at the posterior is the one left at the leaves `cut`."""
+    return sum((part * leaf.grad).sum() for part, leaf in zip(posterior, cut, strict=True))
+
+
+def _parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+@contextmanager
+def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients pass through the parameters' network without reaching the parameters."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _float_of(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _in_float(posterior: Posterior) -> Posterior:
+    """Posterior in at least float32: latents and divergences are never computed in half precision."""
+    return Posterior(*(part.to(_float_of(part)) for part in posterior))
