@@ -1,0 +1,110 @@
+"""Files that are either whole or not there: atomic writes, and lines appended to logs that survive a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """Open a temporary file beside `path` that takes its place only when the block ends without an error.
+
+    The data are on the disk before the name changes hands, so a crash leaves the old file or the new one.
+    Raises OSError when the folder is missing, not writable or full; the old file is then unchanged.
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = "the previous file is unchanged" if path.exists() else "nothing was written"
+            raise OSError(error.errno, f"no space left on the disk while writing {path}; {what}") from error
+        raise
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Atomic replacement of `path` by `data`."""
+    with atomic(path) as file:
+        file.write(data)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Atomic replacement of `path` by UTF-8 `text`."""
+    with atomic(path, "w") as file:
+        file.write(text)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; a file system that refuses to sync a folder costs only durability."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def append_line(path: str | os.PathLike, record: dict[str, Any]) -> None:
+    """Append one JSON line in a single write. Numbers that JSON cannot hold (NaN, infinity) become null."""
+    line = json.dumps(plain(record), allow_nan=False) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; a half-written last line is left out, a missing file is empty.
+
+    Raises ValueError naming the line if an earlier one is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was never finished
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+    return records
+
+
+def keep_lines(path: str | os.PathLike, images: int) -> None:
+    """Drop, atomically, the records whose `images` lies beyond `images`, and a half-written last line."""
+    path = Path(path)
+    if path.exists():
+        kept = [record for record in read_lines(path) if record.get("images", 0) <= images]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON holds it: tensors and arrays become lists or numbers, NaN and infinity None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # torch and numpy
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

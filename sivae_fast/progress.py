@@ -1,0 +1,102 @@
+"""What a person watching a run sees: a line rewritten on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from typing import TextIO
+
+import torch
+
+
+class Progress:
+    """Shows images, images/s, step and data time, memory and time left of a run of `goal` images.
+
+    `start` is the image counter the run begins at. On a terminal `show` rewrites one line at most every
+    `interval` seconds; elsewhere it prints only when `tick` is true.
+    """
+
+    def __init__(self, goal: int, start: int = 0, stream: TextIO | None = None, interval: float = 0.2):
+        self.goal, self.stream, self.interval = goal, stream or sys.stderr, interval
+        self.terminal = self.stream.isatty()
+        self._images, self._rate = start, None
+        self._then = time.perf_counter()
+        self._shown = float("-inf")
+        self._open_line = False
+
+    def show(
+        self,
+        images: int,
+        step_seconds: float,
+        data_seconds: float,
+        memory: int,
+        note: str = "",
+        tick: bool = False,
+    ) -> None:
+        """`step_seconds` and `data_seconds` are for one iteration, `memory` is in bytes."""
+        now = time.perf_counter()
+        if not tick and (not self.terminal or now - self._shown < self.interval):
+            return
+        text = self.text(images, self._update_rate(images, now), step_seconds, data_seconds, memory, note)
+        self._shown = now
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1
+            self.stream.write("\r\x1b[2K" + text[:width])
+            self._open_line = True
+        else:
+            self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def text(
+        self, images: int, rate: float, step_seconds: float, data_seconds: float, memory: int, note: str = ""
+    ) -> str:
+        """The line itself: `12,345/60,000 images  21%  103.2 images/s  ...`."""
+        left = duration((self.goal - images) / rate) if rate > 0 else "unknown"
+        parts = [
+            f"{images:,}/{self.goal:,} images",
+            f"{100 * images / max(self.goal, 1):.0f}%",
+            f"{rate:.1f} images/s",
+            f"step {1e3 * step_seconds:.0f} ms",
+            f"data {1e3 * data_seconds:.0f} ms",
+            f"memory {memory / 2**30:.1f} GiB",
+            f"{left} left",
+        ]
+        return "  ".join(parts + [note] * bool(note))
+
+    def clear(self) -> None:
+        """End the rewritten line, so that other output starts on a fresh one."""
+        if self._open_line:
+            self.stream.write("\n")
+            self.stream.flush()
+            self._open_line = False
+
+    def _update_rate(self, images: int, now: float) -> float:
+        seconds, gained = now - self._then, images - self._images
+        if gained > 0 and seconds > 0:
+            rate = gained / seconds
+            weight = 1 - 0.5 ** (seconds / 10)  # half-life 10 s: steady, yet follows a level switch
+            self._rate = rate if self._rate is None else self._rate + weight * (rate - self._rate)
+            self._then, self._images = now, images
+        return self._rate or 0.0
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1h 02m', 65 -> '1m 05s'; days from 24 hours on."""
+    seconds = max(round(seconds), 0)
+    if seconds < 3600:
+        return f"{seconds // 60}m {seconds % 60:02d}s"
+    minutes = seconds // 60
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h {minutes % 60:02d}m"
+    return f"{minutes // 1440}d {minutes % 1440 // 60:02d}h"
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """Bytes at the highest: of the CUDA allocator on a GPU, else of the process."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,221 @@
+"""The folder of one training run: its number, lock, config, statistics, events and log.
+
+Everything in the folder can be moved or published as it is: no absolute path and no host name is written.
+Only rank 0 holds a `Run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from sivae_fast.files import append_line, keep_lines, plain, read_lines, write_text
+
+logger = logging.getLogger("sivae_fast")
+
+_FOLDER = re.compile(r"(\d{5,})-(.+)")
+_locks: set[Any] = set()
+
+
+def _release_in_child() -> None:
+    # A forked loader worker that outlives a killed run would otherwise hold the lock for it.
+    while _locks:
+        _locks.pop().close()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
+class Run:
+    """An open, locked run folder; use `Run.create` or `Run.open`, in a with block or with `close`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._lock = _acquire(folder)
+        self._events: Events | None = None
+        self._log = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        self._log.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+        )
+        logger.addHandler(self._log)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
+
+    @classmethod
+    def create(cls, root: str | os.PathLike, name: str, config: dict, config_hash: str = "") -> Run:
+        """A new folder `root/NNNNN-name`, numbered one above the highest there, with `config.yaml` in it.
+
+        `config_hash` is what `Run.find` looks for: a hash of the fields that may not change on resume.
+        Raises ValueError for a name that is no plain file name, OSError where the folder cannot be made.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"run name {name!r}: letters, digits, '.', '_' and '-' are accepted")
+        root = Path(root)
+        root.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = root / f"{max(_numbers(root), default=-1) + 1:05d}-{name}"
+            with contextlib.suppress(FileExistsError):  # another run took the number: look again
+                folder.mkdir()
+                break
+        (folder / "samples").mkdir()
+        write_text(folder / "run.json", json.dumps({"name": name, "config_hash": config_hash}) + "\n")
+        run = cls(folder)
+        run.write_config(config)
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> Run:
+        """The existing run at `path`. FileNotFoundError if it is none, RuntimeError while it is in use."""
+        folder = Path(path)
+        if not (folder / "run.json").is_file():
+            raise FileNotFoundError(f"{folder} is not a run folder: it has no run.json")
+        return cls(folder)
+
+    @staticmethod
+    def find(root: str | os.PathLike, name: str, config_hash: str) -> Path | None:
+        """The newest folder under `root` that `create` made with this name and hash, or None."""
+        wanted = {"name": name, "config_hash": config_hash}
+        found = []
+        for folder in Path(root).glob(f"*-{name}"):
+            match = _FOLDER.fullmatch(folder.name)
+            with contextlib.suppress(OSError, ValueError):
+                if match and json.loads((folder / "run.json").read_text(encoding="utf-8")) == wanted:
+                    found.append((int(match[1]), folder))
+        return max(found)[1] if found else None
+
+    def write_config(self, config: dict) -> None:
+        """Write the resolved configuration to `config.yaml`."""
+        import yaml
+
+        write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    def stats(self, record: dict[str, Any]) -> None:
+        """One tick: a line of `stats.jsonl` and TensorBoard scalars at step `record["images"]`."""
+        record = plain(record)
+        append_line(self.folder / "stats.jsonl", {**record, "time": round(time.time(), 3)})
+        if self._events is None:
+            self._events = Events(self.folder, record["images"])
+        self._events.scalars(record["images"], record)
+
+    def metric(self, name: str, record: dict[str, Any]) -> None:
+        """One line of `metric-<name>.jsonl`; `record` has at least `images` and `value`."""
+        append_metric(self.folder, name, record)
+
+    def truncate_after(self, images: int) -> None:
+        """On resume at `images`: drop statistics and metrics beyond it and any half-written last line."""
+        for path in (self.folder / "stats.jsonl", *self.folder.glob("metric-*.jsonl")):
+            keep_lines(path, images)
+
+    def sample_path(self, images: int) -> Path:
+        """Where the picture grid after `images` images goes."""
+        (self.folder / "samples").mkdir(exist_ok=True)
+        return self.folder / "samples" / f"{images:010d}.png"
+
+    def close(self) -> None:
+        """Flush and close every file and give the lock back. Harmless when called twice."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        logger.removeHandler(self._log)
+        self._log.close()
+        _locks.discard(self._lock)
+        self._lock.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def append_metric(folder: str | os.PathLike, name: str, record: dict[str, Any]) -> None:
+    """Append to `folder/metric-<name>.jsonl`: the same file from training and from a command beside it."""
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(f"metric name {name!r}: lower-case letters, digits and '_' are accepted")
+    append_line(Path(folder) / f"metric-{name}.jsonl", record)
+
+
+def read_stats(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The ticks of a run, oldest first."""
+    return read_lines(Path(folder) / "stats.jsonl")
+
+
+def read_metrics(folder: str | os.PathLike) -> dict[str, list[dict[str, Any]]]:
+    """The records of every metric of a run by its name."""
+    paths = sorted(Path(folder).glob("metric-*.jsonl"))
+    return {path.stem.removeprefix("metric-"): read_lines(path) for path in paths}
+
+
+def _numbers(root: Path) -> list[int]:
+    return [int(match[1]) for path in root.iterdir() if (match := _FOLDER.fullmatch(path.name))]
+
+
+def _acquire(folder: Path):
+    """The kernel drops this lock with the process that holds it, so that none is ever stale."""
+    lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise RuntimeError(
+            f"{folder} is in use by a live run (process {holder}): stop it first, or start a new run"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    _locks.add(lock)
+    return lock
+
+
+class Events:
+    """TensorBoard scalars, record by record: the package's own writer puts the host in the file name."""
+
+    _missing_said = False
+
+    def __init__(self, folder: Path, images: int):
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError:
+            self._writer = None
+            if not Events._missing_said:
+                Events._missing_said = True
+                logger.info(
+                    "no TensorBoard events: tensorboard is not installed (stats.jsonl has the numbers)"
+                )
+            return
+        self._proto = event_pb2, summary_pb2
+        number = len(list(folder.glob("events.out.tfevents.*")))
+        self._file = open(folder / f"events.out.tfevents.{number:05d}", "xb")  # noqa: SIM115 (closed in close)
+        self._writer = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if number:  # a resumed run: TensorBoard forgets what an earlier file has from here on
+            self._write(step=images, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def scalars(self, images: int, values: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        _, summary = self._proto
+        numbers = [(key, value) for key, value in values.items() if isinstance(value, (int, float))]
+        points = [
+            summary.Summary.Value(tag=key, simple_value=value) for key, value in numbers if key != "images"
+        ]
+        self._write(step=images, summary=summary.Summary(value=points))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, **fields) -> None:
+        event, _ = self._proto
+        self._writer.write(event.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.flush()

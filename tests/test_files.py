@@ -1,0 +1,73 @@
+import errno
+import os
+
+import pytest
+import torch
+
+from sivae_fast import files
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+    with pytest.raises(RuntimeError, match="stop"), files.atomic(path, "w") as file:
+        file.write("new")
+        raise RuntimeError("stop")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    files.write_bytes(path, b"old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"no space left.*a\.bin; the previous file is unchanged") as caught:
+        files.write_bytes(path, b"new")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="nothing was written"):
+        files.write_bytes(tmp_path / "b.bin", b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_the_name_changes_hands_only_at_the_end(tmp_path):
+    path = tmp_path / "a.txt"
+    with files.atomic(path, "w") as file:
+        file.write("x" * 100_000)
+        file.flush()
+        assert not path.exists()
+    assert path.stat().st_size == 100_000
+
+
+def test_lines_round_trip_and_a_torn_last_line_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    files.append_line(path, {"images": 1, "loss": torch.tensor(0.5), "nan": float("nan"), "v": torch.ones(2)})
+    files.append_line(path, {"images": 2, "loss": 0.25})
+    with open(path, "ab") as file:
+        file.write(b'{"images": 3, "lo')
+    first, second = files.read_lines(path)
+    assert first == {"images": 1, "loss": 0.5, "nan": None, "v": [1.0, 1.0]}
+    assert second["images"] == 2
+    assert files.read_lines(tmp_path / "missing.jsonl") == []
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"images": 1}\n{"ima\n{"images": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2: not JSON"):
+        files.read_lines(path)
+
+
+def test_keep_lines_drops_what_lies_beyond(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for images in (100, 200, 300):
+        files.append_line(path, {"images": images})
+    with open(path, "ab") as file:
+        file.write(b'{"images": 150')
+    files.keep_lines(path, 200)
+    files.append_line(path, {"images": 250})
+    assert [record["images"] for record in files.read_lines(path)] == [100, 200, 250]

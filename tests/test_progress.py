@@ -1,0 +1,56 @@
+import io
+
+import pytest
+
+from sivae_fast.progress import Progress, duration, peak_memory
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_plain_output_has_tick_lines_only():
+    stream = io.StringIO()
+    progress = Progress(1000, stream=stream)
+    progress.show(100, 0.05, 0.01, 2**30)
+    progress.show(200, 0.05, 0.01, 2**30, "lod 2 blend 0.50", tick=True)
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("200/1,000 images  20%")
+    assert line.endswith("lod 2 blend 0.50")
+    assert "step 50 ms  data 10 ms  memory 1.0 GiB" in line
+
+
+def test_a_terminal_line_is_rewritten_not_too_often_and_ended():
+    stream = Terminal()
+    progress = Progress(1000, stream=stream, interval=60)
+    for images in (100, 200, 300):
+        progress.show(images, 0.05, 0.01, 0)
+    assert stream.getvalue().count("\r") == 1
+    assert "\n" not in stream.getvalue()
+    progress.clear()
+    progress.clear()
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_rate_and_time_left_count_from_the_resumed_image(monkeypatch):
+    clock = iter([10.0, 12.0, 14.0])
+    monkeypatch.setattr("sivae_fast.progress.time.perf_counter", lambda: next(clock))
+    stream = io.StringIO()
+    progress = Progress(2000, start=1000, stream=stream)
+    progress.show(1200, 0.1, 0.0, 0, tick=True)
+    progress.show(1400, 0.1, 0.0, 0, tick=True)
+    first, second = stream.getvalue().splitlines()
+    assert "100.0 images/s" in first and "0m 08s left" in first
+    assert "100.0 images/s" in second and "0m 06s left" in second
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0m 00s"), (65, "1m 05s"), (3725, "1h 02m"), (90000, "1d 01h"), (-3, "0m 00s")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_peak_memory_of_this_process_is_plausible():
+    assert 2**25 < peak_memory("cpu") < 2**38

@@ -1,0 +1,137 @@
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from sivae_fast.files import read_lines
+from sivae_fast.run import Events, Run, append_metric, read_metrics, read_stats
+
+
+def test_folders_are_numbered_one_above_the_highest(tmp_path):
+    (tmp_path / "00041-old").mkdir()
+    (tmp_path / "notes").mkdir()
+    with Run.create(tmp_path, "quickstart", {"a": {"b": [1, 2]}, "c": "ü"}) as run:
+        assert run.folder.name == "00042-quickstart"
+        assert yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8")) == {
+            "a": {"b": [1, 2]},
+            "c": "ü",
+        }
+        assert run.sample_path(1234).parent.is_dir()
+    with Run.create(tmp_path, "other", {}) as run:
+        assert run.folder.name == "00043-other"
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../x", "a b", ".hidden"])
+def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="run name"):
+        Run.create(tmp_path, name, {})
+
+
+def test_find_gives_the_newest_run_of_the_same_name_and_hash(tmp_path):
+    folders = []
+    for name, digest in [("a", "1"), ("a", "1"), ("a", "2"), ("b-a", "1")]:
+        with Run.create(tmp_path, name, {}, digest) as run:
+            folders.append(run.folder)
+    assert Run.find(tmp_path, "a", "1") == folders[1]
+    assert Run.find(tmp_path, "a", "2") == folders[2]
+    assert Run.find(tmp_path, "a", "3") is None
+    assert Run.find(tmp_path / "missing", "a", "1") is None
+
+
+def test_a_run_in_use_is_refused_and_free_after_close(tmp_path):
+    run = Run.create(tmp_path, "a", {})
+    with pytest.raises(RuntimeError, match=rf"00000-a is in use by a live run \(process {os.getpid()}\)"):
+        Run.open(run.folder)
+    run.close()
+    run.close()
+    Run.open(run.folder).close()
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
+        Run.open(tmp_path)
+
+
+def test_a_killed_run_leaves_no_lock_even_where_its_forked_worker_lives_on(tmp_path):
+    script = """
+import os, sys, time
+from sivae_fast.run import Run
+run = Run.create(sys.argv[1], "a", {})
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+    os._exit(0)
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    try:
+        with pytest.raises(RuntimeError, match=f"process {process.pid}"):
+            Run.open(tmp_path / "00000-a")
+        process.kill()
+        process.wait()
+        os.kill(worker, 0)  # alive
+        Run.open(tmp_path / "00000-a").close()
+    finally:
+        process.kill()
+        os.kill(worker, signal.SIGKILL)
+        process.stdout.close()
+
+
+def test_stats_metrics_and_their_truncation(tmp_path):
+    with Run.create(tmp_path, "a", {}) as run:
+        for images in (100, 200, 300):
+            run.stats({"images": images, "loss": 1 / images})
+        run.metric("fid", {"images": 100, "value": 50.0, "snapshot": "s100"})
+        append_metric(run.folder, "fid", {"images": 300, "value": 40.0})
+    with open(run.folder / "stats.jsonl", "ab") as file:
+        file.write(b'{"images": 4')
+    with Run.open(run.folder) as run:
+        run.truncate_after(200)
+        run.stats({"images": 250, "loss": 0.0})
+    assert [line["images"] for line in read_stats(run.folder)] == [100, 200, 250]
+    assert read_metrics(run.folder) == {"fid": [{"images": 100, "value": 50.0, "snapshot": "s100"}]}
+    with pytest.raises(ValueError, match="metric name"):
+        append_metric(run.folder, "../x", {})
+
+
+def test_tensorboard_reads_the_events_and_forgets_what_a_resumed_run_repeats(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Run.create(tmp_path, "a", {}) as run:
+        for images in (100, 200, 300):
+            run.stats({"images": images, "loss": float(images), "nan": float("nan")})
+    with Run.open(run.folder) as run:
+        run.truncate_after(100)
+        run.stats({"images": 200, "loss": -1.0})
+    events = accumulator.EventAccumulator(str(run.folder)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(100, 100.0), (200, -1.0)]
+    assert "images" not in events.Tags()["scalars"]
+
+
+def test_missing_tensorboard_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    monkeypatch.setattr(Events, "_missing_said", False)
+    with caplog.at_level(logging.INFO, "sivae_fast"):
+        for name in ("a", "b"):
+            with Run.create(tmp_path, name, {}) as run:
+                run.stats({"images": 1, "loss": 0.0})
+                run.stats({"images": 2, "loss": 0.0})
+    assert sum("tensorboard is not installed" in record.message for record in caplog.records) == 1
+    assert len(read_lines(run.folder / "stats.jsonl")) == 2
+
+
+def test_the_log_is_kept_and_nothing_names_this_machine(tmp_path):
+    with Run.create(tmp_path, "a", {"seed": 1}, "hash") as run:
+        logging.getLogger("sivae_fast").info("level %d reached", 3)
+        logging.getLogger("sivae_fast.training").warning("from below")
+        run.stats({"images": 1, "loss": 0.0})
+    logging.getLogger("sivae_fast").info("after the end")
+    log = (run.folder / "log.txt").read_text()
+    assert "INFO level 3 reached" in log and "WARNING from below" in log and "after the end" not in log
+    for path in run.folder.rglob("*"):
+        assert socket.gethostname() not in path.name
+        if path.is_file():
+            assert str(tmp_path).encode() not in path.read_bytes()
