@@ -1,0 +1,67 @@
+"""The fully connected model."""
+
+import pytest
+import torch
+from torch import nn
+
+from sivae_fast.models.mlp import MLPModel, published_state_dict
+
+
+def test_published_size_and_names():
+    model = MLPModel()
+    count = lambda modules: sum(p.numel() for m in modules for p in m.parameters())
+    assert count(model.encoder_modules()) == 199_172
+    assert count(model.decoder_modules()) == 198_658
+    layers = ("input", "hidden_1", "hidden_2", "hidden_3", "output")
+    names = {
+        f"{net}.main.{n}.{p}" for net in ("encoder", "decoder") for n in layers for p in ("weight", "bias")
+    }
+    assert set(model.state_dict()) == names
+
+
+def test_published_checkpoint_loads():
+    source, target = MLPModel(), MLPModel()
+    checkpoint = {"epoch": 5000, "model": {**source.state_dict(), "decoder.loggamma": torch.zeros(())}}
+    target.load_state_dict(published_state_dict(checkpoint))
+    x = torch.randn(3, 2)
+    assert torch.equal(target.encode(x).mean, source.encode(x).mean)
+
+
+def plain(layers, x):
+    layers = list(layers)
+    for layer in layers[:-1]:
+        x = torch.relu(nn.functional.linear(x, layer.weight, layer.bias))
+    return nn.functional.linear(x, layers[-1].weight, layers[-1].bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_and_gradients_are_those_of_plain_layers(dtype):
+    model = MLPModel(input_size=3, latent_size=5, width=16).to(dtype)
+    x = torch.randn(7, 3, dtype=dtype, requires_grad=True)
+    encoder, decoder = model.encoder["main"], model.decoder["main"]
+    posterior = model.encode(x)
+    assert posterior.mean.shape == posterior.logvar.shape == (7, 5)
+    rec = model.decode(posterior.mean)
+    assert rec.shape == (7, 3)
+    leaves = [x, *model.parameters()]
+    ours = torch.autograd.grad(rec.square().sum() + posterior.logvar.exp().sum(), leaves)
+
+    mean, logvar = plain(encoder, x).chunk(2, dim=1)
+    expected = torch.autograd.grad(plain(decoder, mean).square().sum() + logvar.exp().sum(), leaves)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradient_flows_through_a_frozen_net():
+    model = MLPModel(width=8)
+    model.decoder.requires_grad_(False)
+    z = torch.randn(4, 2, requires_grad=True)
+    model.decode(z).sum().backward()
+    assert z.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.decoder.parameters())
+
+
+@pytest.mark.parametrize("option", ["input_size", "latent_size", "width", "hidden_layers"])
+def test_sizes_are_checked(option):
+    with pytest.raises(ValueError, match=f"{option} = 0: must be at least 1"):
+        MLPModel(**{option: 0})
