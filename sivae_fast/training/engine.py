@@ -3,7 +3,8 @@
 Two engines train the two sides. `TorchEngine` needs PyTorch alone; `DeepSpeedEngine` adds ZeRO 1 and 2.
 The networks are called directly, never through an engine; the side that is not trained has
 `requires_grad` off; gradients are made by `engine.backward` only. Other ways of combining two optimizers
-with ZeRO were measured to be silently wrong (frozen halves stepped, ranks drifting apart), so they are not offered.
+with ZeRO were measured to be silently wrong (frozen halves stepped, ranks drifting apart), so there is no
+option for them.
 """
 
 from __future__ import annotations
@@ -91,11 +92,15 @@ class DeepSpeedEngine:
         optimizer: torch.optim.Optimizer,
         *,
         zero: int,
+        settings: dict,
     ):
         deepspeed = _import_deepspeed()
         self.parameters, self.optimizer, self.zero = parameters, optimizer, zero
         self._engine, *_ = deepspeed.initialize(
-            model=modules, optimizer=optimizer, config=deepspeed_config(zero), dist_init_required=False
+            model=modules,
+            optimizer=optimizer,
+            config=deepspeed_config(zero, settings),
+            dist_init_required=False,
         )
 
     def backward(self, loss: Tensor) -> None:
@@ -156,31 +161,32 @@ class DeepSpeedEngine:
 
 
 def make_engine(
-    model: Model, side: str, make_optimizer, *, kind: str, zero: int
+    model: Model, side: str, make_optimizer, *, kind: str, zero: int = 0, settings: dict | None = None
 ) -> TorchEngine | DeepSpeedEngine:
-    """Engine of one side ("encoder" or "decoder") of `model`; `make_optimizer(groups)` builds its optimizer."""
+    """Engine of one side ("encoder" or "decoder"); `make_optimizer(groups)` builds its optimizer."""
     groups = parameter_groups(model, side)
     parameters = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
     optimizer = make_optimizer(groups)
     if kind == "torch":
         return TorchEngine(parameters, optimizer)
     modules = model.encoder_modules() if side == "encoder" else model.decoder_modules()
-    return DeepSpeedEngine(nn.ModuleList(modules), parameters, optimizer, zero=zero)
+    return DeepSpeedEngine(nn.ModuleList(modules), parameters, optimizer, zero=zero, settings=settings or {})
 
 
-def deepspeed_config(zero: int) -> dict:
+def deepspeed_config(zero: int, extra: dict) -> dict:
     """DeepSpeed's settings. Clipping is written out because leaving it out means clipping at 1.0."""
     return {
+        **extra,
         "train_micro_batch_size_per_gpu": 1,  # only ratios of batch sizes enter DeepSpeed's arithmetic
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": zero},
+        "zero_optimization": {**extra.get("zero_optimization", {}), "stage": zero},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
 
 
-def check_engine(kind: str, zero: int, deepspeed: dict) -> None:
+def check_engine(kind: str, zero: int, settings: dict) -> None:
     """Refuses combinations that are wrong without a message; names the option and what is accepted."""
     if kind == "torch" and zero:
         raise ValueError(f"engine.zero={zero} needs engine.kind=deepspeed; the torch engine has zero=0 only")
@@ -190,10 +196,10 @@ def check_engine(kind: str, zero: int, deepspeed: dict) -> None:
             "detail that left the graph, and saves little for networks of this size"
         )
     for key in ("bf16", "fp16", "gradient_clipping", "torch_autocast", "optimizer"):
-        if key in deepspeed:
+        if key in settings:
             raise ValueError(
-                f"engine.deepspeed.{key} is not accepted: two engines with it were measured to differ silently "
-                "from plain training. Use train.precision=bf16 for autocast over float32 weights"
+                f"engine.deepspeed.{key} is not accepted: with two engines it was measured to differ "
+                "silently from plain training. Use train.precision=bf16 for autocast over float32 weights"
             )
 
 

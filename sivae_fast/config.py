@@ -1,0 +1,362 @@
+"""The configuration of a run: YAML file, then `key=value` overrides, checked as a whole.
+
+Every error names the key, the value and what is accepted; an unknown key is answered with the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what is accepted."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StyleModelConfig(Section):
+    """The style-based image model with progressive growing."""
+
+    kind: Literal["style"] = "style"
+    resolution: Literal[8, 16, 32, 64, 128, 256, 512, 1024] = 256
+    channels: Literal[1, 3] = 3
+    start_channels: PositiveInt = 64
+    max_channels: PositiveInt = 512
+    latent_size: PositiveInt = 512
+    mapping_layers: PositiveInt = 8
+    style_mixing: Annotated[float, Field(ge=0, le=1)] = 0.9
+
+
+class ResidualModelConfig(Section):
+    """The residual convolutional image model."""
+
+    kind: Literal["residual"] = "residual"
+    resolution: PositiveInt = 32
+    channels: Literal[1, 3] = 3
+    widths: tuple[PositiveInt, ...] = (64, 128, 256)
+    latent_size: PositiveInt = 128
+    norm: Literal["batch", "group"] = "batch"
+    lagged_decoder: bool = False
+    augment: bool = False
+
+
+class MLPModelConfig(Section):
+    """Fully connected networks for points in the plane."""
+
+    kind: Literal["mlp"] = "mlp"
+    latent_size: PositiveInt = 2
+    width: PositiveInt = 256
+    hidden_layers: PositiveInt = 4
+
+
+class PointNetModelConfig(Section):
+    """Encoder and decoder for point clouds."""
+
+    kind: Literal["pointnet"] = "pointnet"
+    points: PositiveInt = 2048
+    latent_size: PositiveInt = 128
+    prior_std: Positive = 0.2
+
+
+class TwoEncoderModelConfig(Section):
+    """Class and content encoders for image translation."""
+
+    kind: Literal["two_encoder"] = "two_encoder"
+    resolution: PositiveInt = 64
+    channels: Literal[1, 3] = 3
+    class_size: PositiveInt = 256
+    content_size: PositiveInt = 128
+
+
+ModelConfig = Annotated[
+    StyleModelConfig | ResidualModelConfig | MLPModelConfig | PointNetModelConfig | TwoEncoderModelConfig,
+    Field(discriminator="kind"),
+]
+
+
+class ObjectiveConfig(Section):
+    """What encoder and decoder minimise; see docs/losses.md."""
+
+    kind: Literal["vae", "introvae", "soft_introvae"] = "soft_introvae"
+    reconstruction: Literal["sse", "l1", "huber", "bce", "bce_logits", "chamfer"] = "sse"
+    beta_rec: NotNegative = 1.0
+    beta_kl: NotNegative = 1.0
+    beta_neg: NotNegative | tuple[NotNegative, ...] = 256.0
+    scale: Positive | None = Field(None, description="null: 1 / (numbers in one input)")
+    alpha: Positive = 2.0
+    gamma_r: NotNegative | None = Field(None, description="null: 1e-8 in the published schedule, else 0")
+    margin: Positive | None = None
+    hinge: Literal["sample", "batch"] = "batch"
+
+
+class ImageDataConfig(Section):
+    """A folder or zip of square images, as `sivae-fast prepare` makes them; null: the quickstart's own."""
+
+    kind: Literal["images"] = "images"
+    path: str | None = None
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    workers: PositiveInt = 2
+    flip: bool = True
+    value_range: Literal["symmetric", "unit"] = Field("symmetric", description="[-1, 1] or [0, 1]")
+    cache: Annotated[float, Field(ge=0)] = Field(20.0, description="GiB of images kept on the device")
+
+
+class DensityDataConfig(Section):
+    """Points in the plane, drawn anew for every batch."""
+
+    kind: Literal["density"] = "density"
+    name: str = "8gaussians"
+
+
+class PointCloudDataConfig(Section):
+    """Point clouds; null path: the made set of solids."""
+
+    kind: Literal["pointclouds"] = "pointclouds"
+    path: str | None = None
+    classes: tuple[str, ...] = ()
+    points: PositiveInt = 2048
+
+
+class FactorDataConfig(Section):
+    """Images with known class and content; null path: the made set."""
+
+    kind: Literal["factors"] = "factors"
+    path: str | None = None
+
+
+DataConfig = Annotated[
+    ImageDataConfig | DensityDataConfig | PointCloudDataConfig | FactorDataConfig,
+    Field(discriminator="kind"),
+]
+
+
+class GrowthConfig(Section):
+    """Progressive growing; the clock is images seen."""
+
+    images_per_level: Annotated[int, Field(ge=0)] = Field(0, description="0: no growing")
+    fade: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class TrainConfig(Section):
+    """The length of the run and the shape of one iteration."""
+
+    images: PositiveInt = 1_000_000
+    batch: PositiveInt | tuple[PositiveInt, ...] = Field(32, description="global batch, or one a level")
+    micro_batch: PositiveInt | None = Field(None, description="most images of one pass on one rank")
+    warmup_images: Annotated[int, Field(ge=0)] = Field(0, description="images trained as a plain VAE first")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    schedule: Literal["minimal", "published"] = "minimal"
+    fresh_draws: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class OptimConfig(Section):
+    """Adam; the same settings for both optimizers."""
+
+    implementation: Literal["torch", "deepspeed", "apex"] = "torch"
+    learning_rate: Positive | tuple[Positive, ...] = 2e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    published_eps: bool = Field(False, description="eps is added to the uncorrected root")
+    drops: tuple[PositiveInt, ...] = Field((), description="images at which the rate is multiplied")
+    drop_factor: Positive = 0.1
+
+
+class EngineConfig(Section):
+    kind: Literal["auto", "deepspeed", "torch"] = "auto"
+    zero: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        None, description="null: 1 under deepspeed, else 0"
+    )
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="more DeepSpeed settings")
+
+
+class AverageConfig(Section):
+    half_life: Positive | None = Field(10_000, description="images; null: no averaged copy")
+
+
+class RunConfig(Section):
+    """Where and how often things are written; all intervals in images."""
+
+    folder: str = "runs"
+    name: str = "run"
+    tick: PositiveInt = 4_000
+    samples: PositiveInt = 20_000
+    checkpoint: PositiveInt = 100_000
+    keep: PositiveInt = 3
+    new: bool = Field(False, description="start a new run even where one could be resumed")
+    check_finite: PositiveInt = Field(1, description="ticks between checks of all losses for NaN")
+
+
+class Config(Section):
+    model: ModelConfig = StyleModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig = ImageDataConfig()
+    growth: GrowthConfig = GrowthConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    average: AverageConfig = AverageConfig()
+    engine: EngineConfig = EngineConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.train.fresh_draws and self.train.schedule != "published":
+            raise ValueError("train.fresh_draws=true needs train.schedule=published")
+        if self.objective.kind == "introvae" and self.objective.margin is None:
+            raise ValueError("objective.margin is missing, objective.kind=introvae needs a positive number")
+        if self.growth.images_per_level and self.model.kind != "style":
+            raise ValueError(
+                f"growth.images_per_level={self.growth.images_per_level} needs model.kind=style, "
+                f"model.kind={self.model.kind} has one size"
+            )
+        return self
+
+    def to_dict(self) -> dict:
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def identity(self) -> str:
+        """Digest of what must not change on resume: all but names, intervals, length, hardware."""
+        kept = self.to_dict()
+        for free in ("run", "engine"):
+            kept.pop(free)
+        kept["train"].pop("images")
+        kept["train"].pop("micro_batch")
+        for name in ("loader", "workers", "cache"):
+            kept["data"].pop(name, None)
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Config from a YAML file and `section.key=value` overrides. Raises ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}. Give the path of a YAML file") from error
+    try:
+        values = yaml.load(text, Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"--config {path}: must hold sections such as `train:`, got {type(values).__name__}"
+        )
+    for override in overrides:
+        _apply(values, override)
+    return make_config(values)
+
+
+def make_config(values: dict) -> Config:
+    """Config from nested dictionaries. Raises ConfigError."""
+    try:
+        return Config.model_validate(_tuples(_with_kinds(values)))
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _with_kinds(values: dict) -> dict:
+    """A section that does not say its kind has the kind of the defaults."""
+    values = dict(values)
+    for section in make_kinds():
+        if isinstance(values.get(section), dict):
+            values[section] = {"kind": getattr(Config(), section).kind, **values[section]}
+    return values
+
+
+def _apply(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"argument {override!r}: overrides are written section.key=value")
+    *sections, last = key.split(".")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"{key}: {section} is a value, not a section")
+    try:
+        place[last] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={text}: not a valid value: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 2e-4 as a string; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)$"),
+    list("-+0123456789"),
+)
+
+
+def _tuples(value):
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for each key that is wrong."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        key = _key_of(item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+            lines[key] = f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else "")
+        elif item["type"] == "value_error":
+            lines[key] = str(item["ctx"]["error"])
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            lines[key] = (
+                f"{lines[key]}, or {message}" if key in lines else f"{key}={item['input']!r}: {message}"
+            )
+    return "\n".join(lines.values())
+
+
+def _key_of(location: tuple) -> str:
+    """`section.key` of an error; the parts that name a branch of a union are left out."""
+    section, *rest = [str(part) for part in location] or [""]
+    values = make_kinds().get(section, ())
+    names = [part for part in rest if part not in values and part.isidentifier()]
+    return ".".join([section, *names[:1]]) if section else ""
+
+
+def make_kinds() -> dict[str, tuple[str, ...]]:
+    """The accepted `kind`s of the sections that have several forms."""
+    return {
+        name: tuple(
+            get_args(option.model_fields["kind"].annotation)[0] for option in get_args(field.annotation)
+        )
+        for name, field in Config.model_fields.items()
+        if field.discriminator
+    }
+
+
+def known_keys() -> list[str]:
+    """Every accepted key, as `section.key`."""
+    keys = []
+    for name, field in Config.model_fields.items():
+        options = get_args(field.annotation) or (field.annotation,)
+        for option in options:
+            keys += [f"{name}.{inner}" for inner in getattr(option, "model_fields", {})]
+    return list(dict.fromkeys([*Config.model_fields, *keys]))
