@@ -1,0 +1,20 @@
+"""Introspective variational autoencoders, trained fast.
+
+The losses need torch alone and are loaded when first used:
+
+    from sivae_fast import SoftIntroVAE, Term, Posterior
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "Posterior": "contract",
+    **dict.fromkeys(["IntroVAE", "LinearIntroVAE", "Loss", "SoftIntroVAE", "Term", "VAE"], "objectives"),
+}
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'sivae_fast' has no attribute {name!r}")
+    return getattr(import_module(f"sivae_fast.{_HOME[name]}"), name)
