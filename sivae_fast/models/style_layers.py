@@ -1,0 +1,252 @@
+"""The two networks of the style model, as pure functions of tensors over all levels of detail.
+
+A level of detail `lod` works at 4*2^lod pixels. Feature maps and weights are channels-last. Weights are kept at
+working scale: equalised learning rate is a factor for the optimizer (`Equalized.learning_rates`), not a product here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Under the square root of the encoder's channel statistics: a constant channel then has gradient 0, not NaN.
+DEVIATION_EPS = 1e-14
+ENCODER_NORM_EPS = 1e-5
+DECODER_NORM_EPS = 1e-8
+SLOPE = 0.2
+
+#: What is added at one of the decoder's two noise points of a block: a map, the published bump, or nothing.
+Noise = Tensor | Literal["bump"] | None
+
+
+class Equalized(nn.Module):
+    """A weight drawn from N(0, gain^2/fan_in), perhaps a bias of zeros, and the factors on their learning rate."""
+
+    def __init__(
+        self, *shape: int, fan_in: int, gain: float = math.sqrt(2), multiplier: float = 1.0, bias: int = 0
+    ):
+        super().__init__()
+        deviation = gain / math.sqrt(fan_in)
+        self.weight = nn.Parameter(torch.randn(shape) * deviation)
+        self.bias = nn.Parameter(torch.zeros(bias)) if bias else None
+        self.learning_rates = {"weight": multiplier * deviation, "bias": multiplier}
+
+    def linear(self, x: Tensor) -> Tensor:
+        """In the dtype of the weights, autocast or not: these layers cost nothing and feed the posterior."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+    def conv(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolution at equal size."""
+        bias = self.bias if bias is None else bias.flatten()
+        return F.conv2d(x, self.weight, bias, padding=self.weight.shape[-1] // 2)
+
+
+def linear(inputs: int, outputs: int, gain: float = math.sqrt(2), multiplier: float = 1.0) -> Equalized:
+    return Equalized(outputs, inputs, fan_in=inputs, gain=gain, multiplier=multiplier, bias=outputs)
+
+
+def conv3(inputs: int, outputs: int) -> Equalized:
+    return Equalized(outputs, inputs, 3, 3, fan_in=9 * inputs)
+
+
+def per_channel(channels: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+
+def halve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3x3 convolution, then 2x2 mean, as one 4x4 convolution of stride 2: equal, borders included, at 4/9 of the cost.
+
+    The 4x4 kernel is the mean of the four one-pixel shifts of `weight` [out, in, 3, 3].
+    """
+    return F.conv2d(x, F.avg_pool2d(weight, 2, 1, 1), bias.flatten(), stride=2, padding=1)
+
+
+def double(x: Tensor, weight: Tensor) -> Tensor:
+    """Nearest x2, then 3x3 convolution, as one 4x4 transposed convolution of stride 2: equal, borders included.
+
+    `weight` [in, out, 3, 3] is that of the transposed convolution: both spatial axes flipped.
+    """
+    kernel = F.avg_pool2d(weight, 2, 1, 1, divisor_override=1)
+    return F.conv_transpose2d(x, kernel, stride=2, padding=1)
+
+
+def blur(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Depthwise [1,2,1] x [1,2,1] / 16 with zeros outside, plus a bias."""
+    row = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
+    kernel = torch.outer(row, row).expand(x.shape[1], 1, 3, 3)
+    return F.conv2d(x, kernel, None if bias is None else bias.flatten(), padding=1, groups=x.shape[1])
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Biased variance and mean of every channel of every sample, [B, C, 1, 1]."""
+    return torch.var_mean(
+        x if x.dtype == torch.float64 else x.float(), dim=(2, 3), correction=0, keepdim=True
+    )
+
+
+def statistics(variance: Tensor, mean: Tensor) -> Tensor:
+    """What a style layer of the encoder sees: means, then standard deviations, [B, 2C]."""
+    return torch.cat([mean, (variance + DEVIATION_EPS).sqrt()], dim=1).flatten(1)
+
+
+def normalize(x: Tensor, variance: Tensor, mean: Tensor, eps: float) -> Tensor:
+    """Instance norm from given moments, in the dtype of `x`."""
+    scale = (variance + eps).rsqrt()
+    return torch.addcmul(-mean * scale, x, scale).to(x.dtype)
+
+
+def lrelu(x: Tensor) -> Tensor:
+    return F.leaky_relu_(x, SLOPE)
+
+
+class EncoderBlock(nn.Module):
+    """[B, inputs, r, r] -> features [B, outputs, r/2, r/2] and this block's share of w [B, latent]."""
+
+    def __init__(self, inputs: int, outputs: int, latent: int, last: bool):
+        super().__init__()
+        self.last = last
+        self.bias_1 = per_channel(inputs)
+        self.bias_2 = per_channel(outputs)
+        self.conv_1 = conv3(inputs, inputs)
+        self.conv_2 = conv3(inputs, outputs)
+        self.style_1 = linear(2 * inputs, latent)
+        self.style_2 = linear(2 * outputs, latent)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = lrelu(self.conv_1.conv(x, self.bias_1))
+        variance, mean = moments(x)
+        w = self.style_1.linear(statistics(variance, mean))
+        x = blur(normalize(x, variance, mean, ENCODER_NORM_EPS))
+        x = lrelu(halve(x, self.conv_2.weight, self.bias_2))
+        variance, mean = moments(x)
+        w = w + self.style_2.linear(statistics(variance, mean))
+        if not self.last:  # nobody looks at the features of the last block
+            x = normalize(x, variance, mean, ENCODER_NORM_EPS)
+        return x, w
+
+
+class Encoder(nn.Module):
+    """Images to the sum over blocks of linear maps of their channel statistics, w [B, latent]."""
+
+    def __init__(self, widths: list[int], channels: int, latent: int):
+        """`widths`: channels entering block 0 (full size), ..., leaving the last block."""
+        super().__init__()
+        blocks = len(widths) - 1
+        self.from_rgb = nn.ModuleList(
+            Equalized(width, channels, 1, 1, fan_in=channels, bias=width) for width in widths[:-1]
+        )
+        self.blocks = nn.ModuleList(
+            EncoderBlock(widths[i], widths[i + 1], latent, last=i == blocks - 1) for i in range(blocks)
+        )
+
+    def forward(self, x: Tensor, lod: int, blend: Tensor | None) -> Tensor:
+        """Images [B, channels, r, r] in [-1, 1], r = 4*2^lod; `blend` in [0, 1], None for 1."""
+        first = len(self.blocks) - 1 - lod
+        h, w = self.blocks[first](self._features(x, first))
+        if blend is not None:
+            below = self._features(F.avg_pool2d(x, 2), first + 1)
+            h, w = torch.lerp(below, h, blend.to(h.dtype)), w * blend
+        for block in self.blocks[first + 1 :]:
+            h, share = block(h)
+            w = w + share
+        return w
+
+    def _features(self, x: Tensor, block: int) -> Tensor:
+        # The published network applies its leaky ReLU twice here.
+        return F.leaky_relu_(self.from_rgb[block].conv(x), SLOPE * SLOPE)
+
+
+def bump(x: Tensor, block: int) -> Tensor:
+    """What the published decoder adds to a map of block `block` in place of noise when noise is switched off."""
+    deviation = math.sqrt(block + 1)
+    return (0.8 / math.sqrt(2 * math.pi) * deviation) * torch.exp(-x.square() / (2 * deviation**2))
+
+
+class DecoderBlock(nn.Module):
+    """Features [B, inputs, r/2, r/2] -> [B, outputs, r, r]; the first block works on the 4x4 constant."""
+
+    def __init__(self, index: int, inputs: int, outputs: int, latent: int):
+        super().__init__()
+        self.index = index
+        self.noise_weight_1 = per_channel(outputs)
+        self.bias_1 = per_channel(outputs)
+        self.noise_weight_2 = per_channel(outputs)
+        self.bias_2 = per_channel(outputs)
+        if index > 0:
+            self.conv_1 = Equalized(inputs, outputs, 3, 3, fan_in=9 * inputs)
+        self.style_1 = linear(latent, 2 * outputs, gain=1)
+        self.conv_2 = conv3(outputs, outputs)
+        self.style_2 = linear(latent, 2 * outputs, gain=1)
+
+    def forward(self, x: Tensor, styles: tuple[Tensor, Tensor], noise: tuple[Noise, Noise]) -> Tensor:
+        if self.index > 0:
+            x = blur(double(x, self.conv_1.weight), self.bias_1)
+        else:
+            x = x + self.bias_1
+        x = self._epilogue(x, self.bias_1, self.noise_weight_1, noise[0], self.style_1.linear(styles[0]))
+        x = self.conv_2.conv(x, self.bias_2)
+        return self._epilogue(x, self.bias_2, self.noise_weight_2, noise[1], self.style_2.linear(styles[1]))
+
+    def _epilogue(self, x: Tensor, bias: Tensor, weight: Tensor, noise: Noise, style: Tensor) -> Tensor:
+        """Noise, leaky ReLU, instance norm and modulation; `x` already has its `bias`."""
+        if isinstance(noise, Tensor):
+            x = torch.addcmul(x, weight.to(x.dtype), noise.to(x.dtype))
+        elif noise == "bump":
+            x = x + bump(x - bias, self.index)
+        x = lrelu(x)
+        variance, mean = moments(x)
+        scale, shift = style[:, :, None, None].chunk(2, dim=1)
+        scale = (1 + scale) * (variance + DECODER_NORM_EPS).rsqrt()
+        return torch.addcmul(shift - mean * scale, x, scale).to(x.dtype)
+
+
+class Decoder(nn.Module):
+    """Styles to images."""
+
+    def __init__(self, widths: list[int], channels: int, latent: int):
+        """`widths`: channels of block 0 (4x4), ..., of the last block (full size)."""
+        super().__init__()
+        self.const = nn.Parameter(torch.ones(1, widths[0], 4, 4))
+        self.blocks = nn.ModuleList(
+            DecoderBlock(i, widths[max(i - 1, 0)], width, latent) for i, width in enumerate(widths)
+        )
+        self.to_rgb = nn.ModuleList(
+            Equalized(channels, width, 1, 1, fan_in=width, gain=0.03, bias=channels) for width in widths
+        )
+
+    def forward(self, styles: Tensor, noise: list[Noise], lod: int, blend: Tensor | None) -> Tensor:
+        """Styles [B, >= 2(lod + 1), latent] -> images [B, channels, r, r], nominally in [-1, 1], r = 4*2^lod.
+
+        `noise` has two entries a block: a map [B or 1, 1, r_i, r_i], "bump" or None. `blend` as in the encoder.
+        """
+        x = self.const
+        for i in range(lod):
+            x = self._block(i, x, styles, noise)
+        image = self.to_rgb[lod].conv(self._block(lod, x, styles, noise))
+        if blend is None:
+            return image
+        below = F.interpolate(self.to_rgb[lod - 1].conv(x), scale_factor=2, mode="nearest")
+        return torch.lerp(below, image, blend.to(image.dtype))
+
+    def _block(self, i: int, x: Tensor, styles: Tensor, noise: list[Noise]) -> Tensor:
+        return self.blocks[i](x, styles[:, 2 * i : 2 * i + 2].unbind(1), noise[2 * i : 2 * i + 2])
+
+
+class Mapping(nn.Module):
+    """Fully connected layers, each followed by a leaky ReLU (the last one, too)."""
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            linear(a, b, multiplier=0.1) for a, b in zip(widths, widths[1:], strict=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = lrelu(layer.linear(x))
+        return x
