@@ -56,7 +56,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance [B, N] to, and int32 index [B, N] of, the point of y [B, M, 3] nearest to x [B, N, 3]."""
+    """Squared distance [B, N] to, int32 index [B, N] of the point of y [B, M, 3] nearest to x [B, N, 3]."""
     points, groups = y.shape[1], -(-y.shape[1] // _GROUP)
     # Whole groups let the minimum run in two vectorised levels; the last point repeated changes no minimum.
     whole = torch.arange(groups * _GROUP, device=y.device).clamp_(max=points - 1)
