@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_UPRIGHT = np.eye(3)
+
 
 class Body(NamedTuple):
     """A box, ball or cylinder (about its own z axis) with half sizes along its own axes."""
@@ -18,7 +20,7 @@ class Body(NamedTuple):
     kind: str
     centre: np.ndarray  # [3]
     half: np.ndarray  # [3]
-    turn: np.ndarray = np.eye(3)  # [3, 3] rotation; its columns are the body's own axes
+    turn: np.ndarray = _UPRIGHT  # [3, 3] rotation; its columns are the body's own axes
 
     def own(self, points: np.ndarray, is_direction: bool = False) -> np.ndarray:
         """Points or directions [..., 3] in the frame in which the body is the unit box, ball or cylinder."""
@@ -77,8 +79,8 @@ def normals(body: Body, points: np.ndarray) -> np.ndarray:
 def surface_points(bodies: Sequence[Body], count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` points [count, 3], uniform over the outer surface of the union of the bodies.
 
-    Random straight lines (uniform direction, uniform offset) cross a surface uniformly by area; crossings that
-    lie inside another body are not on the outside.
+    Random straight lines (uniform direction, uniform offset) cross a surface uniformly by area; crossings
+    that lie inside another body are not on the outside.
     """
     centres, reach = (
         np.array([b.centre for b in bodies]),
@@ -118,7 +120,7 @@ def _tilt(angle: float) -> np.ndarray:
 _LYING = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])  # a cylinder along x
 
 
-def _body(kind: str, x, y, z, half_x, half_y, half_z, turn: np.ndarray = np.eye(3)) -> Body:
+def _body(kind: str, x, y, z, half_x, half_y, half_z, turn: np.ndarray = _UPRIGHT) -> Body:
     return Body(kind, np.array([x, y, z], float), np.array([half_x, half_y, half_z], float), turn)
 
 
@@ -214,9 +216,10 @@ KINDS: dict[str, Callable[[np.random.Generator], list[Body]]] = {
 def made_clouds(
     count: int, points: int = 2048, kinds: Sequence[str] = ("chair", "table", "plane"), seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Clouds of varied solids: ([count, points, 3] float32 with the farthest point at radius 0.5, [count] int64).
+    """Clouds of varied solids: (float32 [count, points, 3] out to radius 0.5, kinds int64 [count]).
 
-    The kinds take turns. Cloud i depends on (seed, i) and `points` alone. Raises ValueError for an unknown kind.
+    The kinds take turns. Cloud i depends on (seed, i) and `points` alone. Raises ValueError for an unknown
+    kind.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown or not kinds:

@@ -17,11 +17,11 @@ _DECODER_WIDTHS = (64, 128, 512, 1024)
 class PointNetModel(Model):
     """Clouds [B, points, 3] to Posterior of [B, latent_size] and back; the prior is N(0, prior_std^2 I).
 
-    Encoder: five layers shared by all points (linear, ReLU, batch norm), the maximum over the points, a hidden
-    layer of 256 and one head each for mean and log-variance; the number of points is free. Decoder: ReLU layers
-    of 64, 128, 512 and 1024 and `points` x 3 outputs without activation. This is the network of the point cloud
-    experiments of Soft-IntroVAE (7,342,848 parameters at 2048 points), whose checkpoints load after
-    `published_state_dict`. Raises ValueError for sizes that are not positive.
+    Encoder: five layers shared by all points (linear, ReLU, batch norm), the maximum over the points, a
+    hidden layer of 256 and one head each for mean and log-variance; the number of points is free. Decoder:
+    ReLU layers of 64, 128, 512 and 1024 and `points` x 3 outputs without activation. This is the network of
+    the point cloud experiments of Soft-IntroVAE (7,342,848 parameters at 2048 points), whose checkpoints
+    load after `published_state_dict`. Raises ValueError for sizes that are not positive.
     """
 
     uses_batch_statistics = True
@@ -78,7 +78,7 @@ def _decoder(latent_size: int, outputs: int) -> nn.Sequential:
 
 
 def published_state_dict(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights for `PointNetModel` from a published checkpoint, which holds the shared layers as convolutions."""
+    """Weights for `PointNetModel` from a published checkpoint, whose shared layers are convolutions."""
     return {
         name: value.squeeze(2) if name.startswith("encoder.conv") and value.dim() == 3 else value
         for name, value in checkpoint.items()
