@@ -1,4 +1,4 @@
-"""Pictures of two-dimensional densities: what the data, the samples and exp(ELBO) look like. Needs matplotlib."""
+"""Pictures of two-dimensional densities: the data, samples and exp(ELBO). Needs matplotlib."""
 
 from __future__ import annotations
 
