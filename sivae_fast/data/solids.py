@@ -213,21 +213,18 @@ KINDS: dict[str, Callable[[np.random.Generator], list[Body]]] = {
 }
 
 
-def made_clouds(
-    count: int, points: int = 2048, kinds: Sequence[str] = ("chair", "table", "plane"), seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Clouds of varied solids: (float32 [count, points, 3] out to radius 0.5, kinds int64 [count]).
+def made_cloud(
+    index: int, points: int = 2048, kinds: Sequence[str] = ("chair", "table", "plane")
+) -> np.ndarray:
+    """Cloud `index` of an endless set of varied solids: float32 [points, 3], the farthest point at radius
+    0.5.
 
-    The kinds take turns. Cloud i depends on (seed, i) and `points` alone. Raises ValueError for an unknown
-    kind.
+    The kinds take turns, so its class is index % len(kinds). Raises ValueError for an unknown kind.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown or not kinds:
-        raise ValueError(f"classes = {list(kinds)}: made solids are {', '.join(KINDS)}")
-    clouds = np.empty((count, points, 3), np.float32)
-    for i in range(count):
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, i])))
-        cloud = surface_points(KINDS[kinds[i % len(kinds)]](rng), points, rng)
-        cloud -= (cloud.min(0) + cloud.max(0)) / 2
-        clouds[i] = 0.5 * cloud / np.linalg.norm(cloud, axis=1).max()
-    return clouds, np.arange(count) % len(kinds)
+        raise ValueError(f"classes={list(kinds)}: made solids are {', '.join(KINDS)}")
+    rng = np.random.Generator(np.random.Philox(index))
+    cloud = surface_points(KINDS[kinds[index % len(kinds)]](rng), points, rng)
+    cloud -= (cloud.min(0) + cloud.max(0)) / 2
+    return (0.5 * cloud / np.linalg.norm(cloud, axis=1).max()).astype(np.float32)

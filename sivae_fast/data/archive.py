@@ -1,0 +1,238 @@
+"""Image sets as they lie on disk: a folder or a StyleGAN zip of PNG or JPEG files, labels in dataset.json."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MANIFEST = "manifest.json"
+LABELS = "dataset.json"
+#: What an image of a set may be stored as; everything else has to pass through `prepare` first.
+STORED_MODES = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "PA": 3, "CMYK": 3, "YCbCr": 3}
+PREPARE_HINT = "run `sivae-fast prepare SOURCE DEST --resolution N` to make a set that trains"
+
+
+class Folder:
+    """The files below a folder, sorted by name; hidden files are left out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        found = []
+        for root, folders, files in os.walk(path, followlinks=True):
+            folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+            base = Path(root).relative_to(path)
+            found += [(base / f).as_posix() for f in files if not f.startswith(".")]
+        self.names = sorted(found)
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file. Raises OSError."""
+        return (self.path / name).read_bytes()
+
+
+class Zip:
+    """The members of a zip file, sorted by name, readable from many threads and forked processes at once.
+
+    Members are read by position (pread) through one descriptor, so readers share no file position and no
+    lock.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = [m for m in archive.infolist() if not m.is_dir()]
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is not a readable zip file: {error}") from None
+        self._members = {m.filename: m for m in members if not is_hidden(m.filename)}
+        self.names = sorted(self._members)
+        self._file = open(path, "rb")  # noqa: SIM115 - lives as long as this object
+
+    def size(self, name: str) -> int:
+        return self._members[name].file_size
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one member, checked against its checksum. Raises OSError."""
+        member, fd = self._members[name], self._file.fileno()
+        header = os.pread(fd, 30, member.header_offset)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise OSError(f"{self.path}: no zip member at the place of {name}")
+        if member.flag_bits & 1:
+            raise OSError(f"{self.path}: {name} is encrypted")
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        offset = member.header_offset + 30 + name_length + extra_length
+        data = os.pread(fd, member.compress_size, offset)
+        if member.compress_type == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompress(data, -15)
+            except zlib.error as error:
+                raise OSError(f"{self.path}: {name} is corrupt ({error})") from None
+        elif member.compress_type != zipfile.ZIP_STORED:
+            raise OSError(
+                f"{self.path}: {name} uses zip compression {member.compress_type}; stored or deflate needed"
+            )
+        if zlib.crc32(data) != member.CRC:
+            raise OSError(f"{self.path}: {name} is corrupt (wrong checksum)")
+        return data
+
+    def __getstate__(self) -> Path:
+        return self.path
+
+    def __setstate__(self, path: Path) -> None:
+        self.__init__(path)
+
+
+def is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+class ImageSet:
+    """The images of a folder or zip, all of one size, ready to train on.
+
+    `resolution` is the side in pixels, `channels` 1 (grey) or 3, `labels` None, int64 [N] or float32 [N, D]
+    (from dataset.json), `manifest` what `prepare` wrote beside the images or None. Raises ValueError for a
+    path that is no image set, an empty one, and for images that are not square, of one size, of 8 bits, or
+    (unless `any_size`) whose side is no power of two. A sample of the images is looked at when the set is
+    opened, every other one when it is decoded.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, any_size: bool = False):
+        self.path = Path(path)
+        self._files = _open(self.path)
+        self.names = [n for n in self._files.names if is_image_name(n)]
+        if not self.names:
+            kinds = ", ".join(IMAGE_SUFFIXES)
+            raise ValueError(
+                f"no images in {self.path} ({len(self._files.names)} other files); looked for {kinds}"
+            )
+        self.manifest = self._json(MANIFEST)
+        self._check_complete()
+        self.resolution, self.channels = self._shape(any_size)
+        self.labels = self._labels()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """The path of one image inside the set, with forward slashes."""
+        return self.names[index]
+
+    def read(self, index: int) -> bytes:
+        """The stored bytes (a PNG or JPEG file) of one image. Raises ValueError naming the file."""
+        try:
+            return self._files.read(self.names[index])
+        except OSError as error:
+            raise ValueError(f"{self.names[index]} of {self.path} cannot be read: {error}") from None
+
+    def decode(self, index: int) -> np.ndarray:
+        """One image: uint8 [resolution, resolution, channels]. Raises ValueError naming the file."""
+        data = self.read(index)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                self._check_header(index, image, self.resolution)
+                if "exif" in image.info:
+                    image = ImageOps.exif_transpose(image)
+                pixels = np.asarray(image.convert("RGB" if self.channels == 3 else "L"))
+        except _DECODE_ERRORS as error:
+            raise self._corrupt(index, error) from None
+        return pixels.reshape(self.resolution, self.resolution, self.channels)
+
+    def _shape(self, any_size: bool) -> tuple[int, int]:
+        """Side and channels, from the headers of up to 64 images spread over the set."""
+        side, channels = None, 1
+        for index in sorted({i * (len(self) - 1) // 63 for i in range(64)}):
+            try:
+                with Image.open(io.BytesIO(self.read(index))) as image:
+                    side = side or image.size[0]
+                    self._check_header(index, image, side)
+                    channels = max(channels, STORED_MODES[image.mode])
+            except _DECODE_ERRORS as error:
+                raise self._corrupt(index, error) from None
+        if not any_size and (side < 4 or side & (side - 1)):
+            raise ValueError(
+                f"{self.names[0]} of {self.path} has a side of {side} pixels, which is no power of two; "
+                f"{PREPARE_HINT}"
+            )
+        return side, channels
+
+    def _check_header(self, index: int, image: Image.Image, side: int) -> None:
+        where = f"{self.names[index]} of {self.path}"
+        width, height = image.size
+        if width != height:
+            raise ValueError(f"{where} is not square ({width}x{height}); {PREPARE_HINT}")
+        if width != side:
+            raise ValueError(f"{where} is {width}x{height}, others are {side}x{side}; {PREPARE_HINT}")
+        if image.mode not in STORED_MODES:
+            raise ValueError(
+                f"{where} is stored as {image.mode}, not as 8-bit grey or colour; {PREPARE_HINT}"
+            )
+
+    def _check_complete(self) -> None:
+        expected = (self.manifest or {}).get("images", len(self))
+        if expected != len(self):
+            raise ValueError(
+                f"{self.path} holds {len(self)} images, its {MANIFEST} says {expected}: copy it again"
+            )
+
+    def _corrupt(self, index: int, error: Exception) -> ValueError:
+        if isinstance(error, ValueError) and str(self.path) in str(error):
+            return error
+        return ValueError(
+            f"{self.names[index]} of {self.path} cannot be decoded ({error}); "
+            f"remove it, or {PREPARE_HINT}: it skips such files"
+        )
+
+    def _json(self, name: str):
+        if name not in self._files.names:
+            return None
+        try:
+            return json.loads(self._files.read(name))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} of {self.path} is not readable JSON: {error}") from None
+
+    def _labels(self) -> np.ndarray | None:
+        pairs = (self._json(LABELS) or {}).get("labels")
+        if not pairs:
+            return None
+        by_name = dict(pairs)
+        missing = [n for n in self.names if n not in by_name]
+        if missing:
+            raise ValueError(
+                f"{LABELS} of {self.path} has no label for {missing[0]} ({len(missing)} missing)"
+            )
+        labels = np.array([by_name[n] for n in self.names])
+        return labels.astype(np.int64 if labels.ndim == 1 else np.float32)
+
+
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, struct.error)
+
+
+def _open(path: Path) -> Folder | Zip:
+    if path.is_dir():
+        return Folder(path)
+    if not path.exists():
+        partial = Path(f"{path}.partial")
+        hint = (
+            f"; {partial} is an unfinished one: run the same `sivae-fast prepare` again"
+            if partial.exists()
+            else ""
+        )
+        raise ValueError(f"there is no image set at {path} (a folder or a .zip file){hint}")
+    if zipfile.is_zipfile(path):
+        return Zip(path)
+    raise ValueError(f"{path} is neither a folder nor a zip file; {PREPARE_HINT}")

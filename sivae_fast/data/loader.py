@@ -1,0 +1,122 @@
+"""The training set of images: batches of pixels in the order of the sampler, decoded ahead of time."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sivae_fast.data import pixels
+from sivae_fast.data.archive import ImageSet
+from sivae_fast.data.sampler import Sampler
+from sivae_fast.draws import Draws
+
+#: Batches decoded ahead of the one in use.
+AHEAD = 2
+
+
+class PillowDecoder:
+    """Decodes with Pillow in `workers` threads (Pillow leaves the interpreter lock while it decodes)."""
+
+    def __init__(self, images: ImageSet, workers: int, pin: bool = False):
+        self.images, self.pin = images, pin
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        """The images of each array of indices [n]: uint8 [n, R, R, C]. Raises ValueError naming a file."""
+        ahead: deque[tuple[Tensor, list[Future]]] = deque()
+        try:
+            for indices in requests:
+                ahead.append(self._submit(indices))
+                if len(ahead) > AHEAD:
+                    yield _wait(*ahead.popleft())
+            while ahead:
+                yield _wait(*ahead.popleft())
+        finally:
+            for _, futures in ahead:
+                for future in futures:
+                    future.cancel()
+
+    def _submit(self, indices: np.ndarray) -> tuple[Tensor, list[Future]]:
+        side = self.images.resolution
+        out = torch.empty(
+            len(indices), side, side, self.images.channels, dtype=torch.uint8, pin_memory=self.pin
+        )
+        rows = out.numpy()
+        return out, [self._pool.submit(self._decode, rows[k], int(i)) for k, i in enumerate(indices)]
+
+    def _decode(self, row: np.ndarray, index: int) -> None:
+        row[:] = self.images.decode(index)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _wait(out: Tensor, futures: list[Future]) -> Tensor:
+    for future in futures:
+        future.result()
+    return out
+
+
+class ImageLoader:
+    """An image set as training data (the data contract of the training loop).
+
+    `signed` maps pixels to [-1, 1], else to [0, 1]; `flip` mirrors images at random; `grows` False is for
+    models of one size: any square images, and the level of detail is ignored.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        workers: int | None = None,
+        flip: bool = True,
+        signed: bool = True,
+        grows: bool = True,
+    ):
+        self.images = ImageSet(path, any_size=not grows)
+        self.device = torch.device(device)
+        self.flip, self.signed, self.grows = flip, signed, grows
+        side = self.images.resolution
+        self.input_shape = (self.images.channels, side, side)
+        self._sampler = Sampler(len(self.images), seed)
+        self._decoder = PillowDecoder(self.images, workers or default_workers(), self.device.type == "cuda")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(
+        self, start: int, batch_at: Callable[[int], int], rank: int = 0, world: int = 1
+    ) -> Iterator[Tensor]:
+        """This rank's rows of each batch from `start` images seen on: uint8 [B / world, R, R, C]."""
+        return self._decoder.stream(self._sampler.requests(start, batch_at, rank, world))
+
+    def to_input(self, batch: Tensor, draws: Draws, lod: int, blend: float) -> Tensor:
+        """What the model encodes: float32 [B, C, r, r] on draws.device, r = 4 * 2^lod (pixels.to_input)."""
+        resolution = 4 << lod if self.grows else None
+        blend = blend if self.grows else 1.0
+        return pixels.to_input(
+            batch, draws, resolution=resolution, blend=blend, flip=self.flip, signed=self.signed
+        )
+
+    def fixed(self, count: int) -> Tensor:
+        """The same `count` images in every run, at full size: float32 [count, C, R, R] on the device."""
+        chosen = Sampler(len(self.images)).indices(0, count)
+        batch = torch.from_numpy(np.stack([self.images.decode(int(i)) for i in chosen]))
+        return pixels.to_input(batch, None, signed=self.signed, device=self.device)
+
+    def close(self) -> None:
+        self._decoder.close()
+
+
+def default_workers() -> int:
+    """Decoding threads of one rank: its share of the machine's cores, at most 8."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks))

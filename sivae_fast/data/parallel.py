@@ -1,0 +1,63 @@
+"""Work on many items in several processes, results in order, few items in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+#: Below this number of items a pool of processes costs more than it saves.
+_SMALL = 32
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ordered(function: Callable, calls: Iterable[tuple], count: int, workers: int) -> Iterator[tuple]:
+    """(key, function(*arguments)) for each (key, *arguments) of about `count` calls, in order.
+
+    At most four items a worker are in memory. The function must be importable by name.
+    """
+    if workers == 1 or count < _SMALL:
+        yield from ((key, function(*arguments)) for key, *arguments in calls)
+        return
+    # Forked workers need no guarded main module and share what is imported already.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    ahead: deque = deque()
+    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        for key, *arguments in calls:
+            ahead.append((key, pool.submit(function, *arguments)))
+            if len(ahead) >= 4 * workers:
+                key, future = ahead.popleft()
+                yield key, future.result()
+        while ahead:
+            key, future = ahead.popleft()
+            yield key, future.result()
+
+
+def progress_bar(total: int, title: str, show: bool, done: int = 0):
+    """A tqdm bar; where nobody watches a terminal, one line every ten seconds."""
+    from tqdm import tqdm
+
+    pause = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(total=total, initial=done, unit="img", desc=title, disable=not show, mininterval=pause)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds the folder or file `path` for this process alone; BlockingIOError where held and not `wait`."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(handle)

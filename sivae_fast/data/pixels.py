@@ -1,0 +1,52 @@
+"""Between stored pixels (uint8 NHWC) and what a model sees (float NCHW, channels last), on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sivae_fast.draws import Draws
+
+
+def to_input(
+    batch: Tensor,
+    draws: Draws | None,
+    *,
+    resolution: int | None = None,
+    blend: float = 1.0,
+    flip: bool = True,
+    signed: bool = True,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A batch as the model sees it: float32 [B, C, r, r] in channels-last memory.
+
+    `batch` is uint8 [B, R, R, C]. Each image is mirrored with probability 1/2 where `flip` (draws named
+    "data"), brought to `resolution` r = R / 2^k by exact 2x2 means, and mapped to [-1, 1] (x / 127.5 - 1)
+    where `signed`, else to [0, 1]. While a level is faded in, the result is blend * x + (1 - blend) *
+    nearest2(mean2(x)). `draws` None leaves out the mirroring. The device is that of `draws` unless given.
+    """
+    if device is None:
+        device = batch.device if draws is None else draws.device
+    x = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
+    size = x.shape[-1]
+    if resolution is not None and resolution != size:
+        factor, rest = divmod(size, resolution)
+        if rest or factor & (factor - 1) or factor < 1:
+            raise ValueError(f"resolution {resolution} is no halving of the images' {size}")
+        # Sums of up to 256x256 bytes and divisions by powers of four are exact in float32.
+        x = F.avg_pool2d(x, factor)
+    if flip and draws is not None:
+        mirrored = draws.stream("data").uniform(x.shape[0]) < 0.5
+        x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+    x = x / 127.5 - 1 if signed else x / 255
+    if blend < 1:
+        coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
+        x = torch.lerp(coarse, x, blend)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def to_uint8(x: Tensor, *, signed: bool = True) -> Tensor:
+    """Model output [B, C, H, W] as pixels: uint8 [B, H, W, C], rounded to nearest, clamped to 0 ... 255."""
+    x = (x.float() + 1) * 127.5 if signed else x.float() * 255
+    return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

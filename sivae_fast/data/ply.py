@@ -1,0 +1,66 @@
+"""Vertices of .ply files, ascii and binary."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+_SCALARS = {
+    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
+    "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
+    "float32": "f4", "float64": "f8",
+}  # fmt: skip
+_ORDERS = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}
+
+
+def read_ply(path: str | os.PathLike) -> np.ndarray:
+    """The vertices of a .ply file: float32 [n, 3]. Faces and other properties are passed over.
+
+    Raises ValueError, naming the file, for anything that is not such a file: another format, no x, y, z,
+    fewer vertices than the header promises.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    head, found, body = data.partition(b"end_header\n")
+    if not found:
+        head, found, body = data.partition(b"end_header\r\n")
+    lines = head.decode("ascii", "replace").split("\n")
+    if not found or lines[0].strip() != "ply":
+        raise ValueError(f"{path}: not a .ply file (it starts with 'ply' and has a line 'end_header')")
+    try:
+        order, count, fields = _header([line.split() for line in lines[1:]])
+        if order == "=":
+            rows = body.decode("ascii").split("\n")[:count]
+            columns = [[name for name, _ in fields].index(axis) for axis in "xyz"]
+            return np.array([[row.split()[c] for c in columns] for row in rows if row.strip()], np.float32)
+        kind = np.dtype([(name, order + scalar) for name, scalar in fields])
+        vertices = np.frombuffer(body, kind, count)
+        return np.stack([vertices[axis].astype(np.float32) for axis in "xyz"], 1)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _header(lines: list[list[str]]) -> tuple[str, int, list[tuple[str, str]]]:
+    """(byte order, vertices, [(property, NumPy scalar)]) of a file that begins with its vertices."""
+    order, count, fields, inside = None, None, [], False
+    for words in lines:
+        if not words:
+            continue
+        if words[0] == "format":
+            if words[1] not in _ORDERS:
+                raise ValueError(f"format {words[1]}: accepted are {', '.join(_ORDERS)}")
+            order = _ORDERS[words[1]]
+        elif words[0] == "element":
+            if count is None and words[1] != "vertex":
+                raise ValueError(f"first element is {words[1]}: accepted is vertex")
+            inside = words[1] == "vertex"
+            count = int(words[2]) if inside else count
+        elif words[0] == "property" and inside:
+            if words[1] not in _SCALARS:
+                raise ValueError(f"vertex property of type {words[1]}: accepted are {', '.join(_SCALARS)}")
+            fields.append((words[2], _SCALARS[words[1]]))
+    missing = {"x", "y", "z"} - {name for name, _ in fields}
+    if order is None or count is None or missing:
+        raise ValueError("the header lacks a format, a vertex element or its properties x, y, z")
+    return order, count, fields

@@ -1,0 +1,209 @@
+"""Point cloud sets: ShapeNet samples (.ply), ModelNet40 (.h5), arrays (.npy) and the made solids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sivae_fast.data import solids
+from sivae_fast.data.held import Held
+from sivae_fast.data.ply import read_ply
+from sivae_fast.draws import Draws
+
+SPLITS = ("train", "validation", "test")
+MADE = 2000
+
+#: Folder names of ShapeNetCore that have a common name in the literature on point clouds.
+SYNSETS = {
+    "airplane": "02691156", "bag": "02773838", "bathtub": "02808440", "bed": "02818832", "bench": "02828884",
+    "bottle": "02876657", "car": "02958343", "chair": "03001627", "guitar": "03467517", "lamp": "03636649",
+    "mug": "03797390", "pistol": "03948459", "rifle": "04090263", "sofa": "04256520", "table": "04379243",
+    "vessel": "04530566",
+}  # fmt: skip
+
+
+class Clouds(NamedTuple):
+    """A set of clouds of one size, with the class of each."""
+
+    points: Tensor  # [n, points, 3] fp32
+    labels: Tensor  # [n] int64, index into `names`
+    names: tuple[str, ...]
+
+
+def load_clouds(
+    path: str | Path | None,
+    split: str = "train",
+    *,
+    classes: Sequence[str] = (),
+    points: int = 2048,
+    resample: bool = False,
+) -> Clouds:
+    """One split of a point cloud set, recognised by what lies at `path`:
+
+    None        the made set: 2000 solids, `classes` of `solids.KINDS`
+    folder      `shape_net_core_uniform_samples_2048`: .ply files in a folder for each class, called by its
+                WordNet number or a name of `SYNSETS`
+    folder      ModelNet40 in HDF5: `*train*.h5` and `*test*.h5` with `data` [n, >= points, 3] and `label`,
+                class names in `shape_names.txt` if present; brought from radius 1 to 0.5
+    .npy file   one array [n, points, 3]
+
+    The items of a class, in the order of their names or positions, are split 85 : 5 : 10 into train,
+    validation and test (ModelNet40: 95 : 5 : the test files). The published split took the order of the
+    directory listing, which depends on the file system; this one is the same everywhere. `classes` () takes
+    all.
+
+    Raises ValueError for an unknown split or class, a path that is none of these, coordinates that are not
+    finite, and, unless `resample`, clouds of another size. `resample` draws points at random (with repetition
+    where a cloud has too few), the same ones in every run. Raises ImportError where h5py is needed and
+    missing.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: accepted are {', '.join(SPLITS)}")
+    groups, names = _reader(path)(path, split, tuple(classes), points)
+    clouds, labels = [], []
+    for label, group in enumerate(groups):
+        for where, cloud in group:
+            clouds.append(_checked(cloud, where, points, resample))
+            labels.append(label)
+    if not clouds:
+        raise ValueError(f"path={path}: no clouds in its {split} split")
+    return Clouds(torch.from_numpy(np.stack(clouds)), torch.tensor(labels), names)
+
+
+Group = list[tuple[str, np.ndarray]]  # (where a cloud comes from, its points [n, 3])
+Groups = tuple[list[Group], tuple[str, ...]]
+
+
+def _reader(path: str | Path | None) -> Callable[..., Groups]:
+    if path is None:
+        return _read_made
+    path = Path(path)
+    if path.suffix == ".npy" and path.is_file():
+        return _read_npy
+    if path.is_dir() and any(path.glob("*train*.h5")):
+        return _read_modelnet
+    if path.is_dir() and any(path.glob("*/*.ply")):
+        return _read_shapenet
+    raise ValueError(
+        f"data.path={path}: accepted are a folder of class folders with .ply files, a folder with the "
+        "*train*.h5 and *test*.h5 of ModelNet40, a .npy array [n, points, 3], or null for the made set"
+    )
+
+
+def _part(items: Sequence, split: str, ends: tuple[float, float] = (0.85, 0.9)) -> Sequence:
+    first, second = (math.floor(end * len(items)) for end in ends)
+    return {"train": items[:first], "validation": items[first:second], "test": items[second:]}[split]
+
+
+def _chosen(classes: tuple[str, ...], available: Sequence[str], path) -> tuple[str, ...]:
+    unknown = sorted(set(classes) - set(available))
+    if unknown:
+        raise ValueError(f"data.classes={list(classes)}: {path} has {', '.join(available)}")
+    return classes or tuple(available)
+
+
+def _read_made(path, split: str, classes: tuple[str, ...], points: int) -> Groups:
+    names = classes or ("chair", "table", "plane")
+    groups = [_part(range(label, MADE, len(names)), split) for label in range(len(names))]
+    return [
+        [(f"made cloud {i}", solids.made_cloud(i, points, names)) for i in group] for group in groups
+    ], names
+
+
+def _read_npy(path, split: str, classes: tuple[str, ...], points: int) -> Groups:
+    clouds = np.load(path, mmap_mode="r", allow_pickle=False)
+    if clouds.ndim != 3 or clouds.shape[2] != 3:
+        raise ValueError(f"{path} holds {list(clouds.shape)}: accepted is [n, points, 3]")
+    names = _chosen(classes, (Path(path).stem,), path)
+    return [[(f"{path}[{i}]", clouds[i]) for i in _part(range(len(clouds)), split)]], names
+
+
+def _read_shapenet(path, split: str, classes: tuple[str, ...], points: int) -> Groups:
+    folders = {folder.name: folder for folder in sorted(Path(path).iterdir()) if any(folder.glob("*.ply"))}
+    common = {number: name for name, number in SYNSETS.items()}
+    available = tuple(common.get(name, name) for name in folders)
+    by_name = dict(zip(available, folders.values(), strict=True))
+    names = _chosen(tuple(common.get(name, name) for name in classes), available, path)
+    files = [_part(sorted(by_name[name].glob("*.ply")), split) for name in names]
+    return [[(str(file), read_ply(file)) for file in group] for group in files], names
+
+
+def _read_modelnet(path, split: str, classes: tuple[str, ...], points: int) -> Groups:
+    part = "test" if split == "test" else "train"
+    files = sorted(Path(path).glob(f"*{part}*.h5"))
+    if not files:
+        raise ValueError(f"data.path={path}: has no *{part}*.h5")
+    arrays = [_read_h5(file) for file in files]
+    clouds = np.concatenate([data for data, _ in arrays])
+    labels = np.concatenate([label for _, label in arrays])
+    listing = Path(path) / "shape_names.txt"
+    numbers = range(labels.max() + 1)
+    available = listing.read_text().split() if listing.is_file() else [str(n) for n in numbers]
+    names = _chosen(classes, available, path)
+    groups = []
+    for name in names:
+        of_class = np.flatnonzero(labels == available.index(name))
+        kept = of_class if split == "test" else _part(of_class, split, (0.95, 1.0))
+        # The archive's clouds, 2048 points in random order, are cut as its own loaders cut them.
+        groups.append([(f"{path} cloud {i}", 0.5 * clouds[i, :points]) for i in kept])
+    return groups, names
+
+
+def _read_h5(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f"{file}: reading HDF5 needs h5py, `pip install h5py`") from error
+    with h5py.File(file) as archive:
+        if not {"data", "label"} <= set(archive):
+            raise ValueError(f"{file} holds {', '.join(archive) or 'nothing'}: 'data' and 'label' are needed")
+        return archive["data"][:].astype(np.float32), archive["label"][:].astype(np.int64).ravel()
+
+
+def _checked(cloud: np.ndarray, where: str, points: int, resample: bool) -> np.ndarray:
+    cloud = np.asarray(cloud, np.float32)
+    if not len(cloud) or not np.isfinite(cloud).all():
+        raise ValueError(f"{where}: {'a coordinate is not finite' if len(cloud) else 'no points'}")
+    if len(cloud) == points:
+        return cloud
+    if not resample:
+        raise ValueError(f"{where} has {len(cloud)} points, data.points={points}: change it, or resample")
+    order = np.random.Generator(np.random.Philox(len(cloud))).permutation(len(cloud))
+    return cloud[np.resize(order, points)]
+
+
+class PointClouds(Held):
+    """Clouds as training data (the data contract of the training loop).
+
+    `rotate` turns every cloud about the z axis by a uniform angle in [0, 180) degrees, as the published
+    option.
+    """
+
+    def __init__(
+        self, clouds: Clouds, *, seed: int = 0, device: torch.device | str = "cpu", rotate: bool = False
+    ):
+        super().__init__(clouds.points, seed, device)
+        self.names, self.rotate = clouds.names, rotate
+        self.input_shape = tuple(clouds.points.shape[1:])
+
+    def to_input(self, batch: Tensor, draws: Draws, lod: int = 0, blend: float = 1.0) -> Tensor:
+        """Clouds [B, points, 3] fp32 on draws.device."""
+        x = batch.to(draws.device)
+        return turned(x, math.pi * draws.stream("data").uniform(len(x))) if self.rotate else x
+
+    def fixed(self, count: int) -> Tensor:
+        """The same `count` clouds in every run: [count, points, 3]."""
+        return self.first(count)
+
+
+def turned(clouds: Tensor, angles: Tensor) -> Tensor:
+    """Clouds [B, points, 3] turned about the z axis by angles [B] in radians."""
+    c, s = angles.cos()[:, None], angles.sin()[:, None]
+    x, y, z = clouds.unbind(2)
+    return torch.stack([c * x - s * y, s * x + c * y, z], 2)
