@@ -196,9 +196,9 @@ class RunConfig(Section):
     tick: PositiveInt = 4_000
     samples: PositiveInt = 20_000
     checkpoint: PositiveInt = 100_000
-    keep: PositiveInt = 3
+    keep: PositiveInt = Field(3, description="checkpoints that stay")
+    snapshot: PositiveInt = Field(1_000_000, description="snapshots all stay; the last is always written")
     new: bool = Field(False, description="start a new run even where one could be resumed")
-    check_finite: PositiveInt = Field(1, description="ticks between checks of all losses for NaN")
 
 
 class Config(Section):

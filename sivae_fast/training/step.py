@@ -13,7 +13,7 @@ Two schedules compute the same update:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,14 +34,15 @@ class _Through(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z: Tensor, source: Tensor, out: Tensor) -> Tensor:
-        ctx.source, ctx.out = source, out
-        return out.detach()
+    def forward(ctx, z: Tensor, source_and_out: tuple[Tensor, Tensor]) -> Tensor:
+        # In a tuple autograd does not see the two: as arguments they would join the graph of z.
+        ctx.source, ctx.out = source_and_out
+        return ctx.out.detach()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (to_source,) = torch.autograd.grad(ctx.out, ctx.source, gradient, retain_graph=True)
-        return to_source, None, None
+        return to_source, None
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Step:
     share_forward: keep the decoder's graph from the encoder phase to the decoder phase (minimal schedule).
         Off, the decoder phase decodes again with the same draws: two more forward-equivalents, less memory
         over accumulated micro-batches.
+    error: per-sample errors [B] of (target, prediction), where they are not one of the objective's own.
     autocast: dtype of the networks' arithmetic, e.g. torch.bfloat16; None keeps that of the weights.
     """
 
@@ -75,6 +77,7 @@ class Step:
         fresh_draws: bool = False,
         share_forward: bool = True,
         autocast: torch.dtype | None = None,
+        error: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule is {schedule!r}, must be one of {', '.join(SCHEDULES)}")
@@ -82,9 +85,10 @@ class Step:
             raise ValueError("fresh_draws=True needs schedule='published'")
         self.model, self.objective = model, objective
         self.fresh_draws = fresh_draws
-        self.shares_forward = share_forward and schedule == "minimal"
+        self.may_share = schedule == "minimal"
+        self.shares_forward = share_forward and self.may_share
         self.joins = schedule == "minimal" and not model.uses_batch_statistics
-        self.autocast_dtype = autocast
+        self.autocast_dtype, self.error = autocast, error
         self.encoder_parameters = _parameters(model.encoder_modules())
         self.decoder_parameters = _parameters(model.decoder_modules())
 
@@ -99,7 +103,7 @@ class Step:
                 source = shared.z.clone().requires_grad_()
                 shared.rec = model.decode(source, draws.stream("rec"))
                 shared.fake = self._generate(x, draws)
-                rec, fake = _Through.apply(z, source, shared.rec), shared.fake.detach()
+                rec, fake = _Through.apply(z, (source, shared.rec)), shared.fake.detach()
             else:
                 with _frozen(self.decoder_parameters):
                     rec = model.decode(z, draws.stream("rec"))
@@ -110,7 +114,9 @@ class Step:
             with _frozen(self.decoder_parameters):
                 rec_rec, rec_fake = self._decode_fakes(latents, draws)
         loss = objective.encoder(
-            Term(x, rec, posterior), Term(rec, rec_rec, seen[0]), Term(fake, rec_fake, seen[1])
+            self._term(x, rec, posterior),
+            self._term(rec, rec_rec, seen[0]),
+            self._term(fake, rec_fake, seen[1]),
         )
         return loss, shared
 
@@ -129,7 +135,7 @@ class Step:
             rec_term, fake_term = Term(None, None, seen[0]), Term(None, None, seen[1])
             if objective.gamma_r:
                 rec_term, fake_term = self._reconstruct_fakes(rec, fake, seen, draws, suffix)
-        return objective.decoder(Term(x, rec, None), rec_term, fake_term)
+        return objective.decoder(self._term(x, rec), rec_term, fake_term)
 
     def vae_phase(self, x: Tensor, draws: Draws) -> tuple[Loss, Posterior, Posterior]:
         """Loss of a plain VAE as a function of a cut posterior.
@@ -143,7 +149,12 @@ class Step:
             cut = Posterior(*(part.detach().requires_grad_() for part in posterior))
             z = self._sample(cut, draws, "posterior")
             rec = self.model.decode(z, draws.stream("rec"))
-        return self.objective.vae(Term(x, rec, cut)), posterior, cut
+        return self.objective.vae(self._term(x, rec, cut)), posterior, cut
+
+    def _term(self, target: Tensor, prediction: Tensor, posterior: Posterior | None = None) -> Term:
+        if self.error is None:
+            return Term(target, prediction, posterior)
+        return Term(None, None, posterior, self.error(target, prediction))
 
     def _sample(self, posterior: Posterior, draws: Draws, name: str) -> Tensor:
         noise = draws.stream(name).normal(*posterior.mean.shape, dtype=posterior.mean.dtype)
@@ -179,7 +190,7 @@ class Step:
             latents = [z.detach() for z in latents]
             rec, fake = rec.detach(), fake.detach()
         rec_rec, rec_fake = self._decode_fakes(latents, draws, suffix or "/decoder")
-        return Term(rec, rec_rec, seen[0]), Term(fake, rec_fake, seen[1])
+        return self._term(rec, rec_rec, seen[0]), self._term(fake, rec_fake, seen[1])
 
     def _autocast(self, x: Tensor):
         enabled = self.autocast_dtype is not None

@@ -1,0 +1,205 @@
+"""Checkpoints (to resume) and snapshots (to use): safetensors and JSON, never pickle.
+
+A checkpoint is `NNNNNNNNNN.safetensors` (parameters, buffers, averaged parameters, optimizer moments, all in
+full and by name, whatever engine and number of ranks wrote them) and `NNNNNNNNNN.json` beside it. The JSON is
+written last and holds the checksum of the tensors: without it, or where it does not agree, the checkpoint is
+not whole and the next older one is used. A snapshot is one safetensors file with its configuration inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sivae_fast.config import Config, make_config
+from sivae_fast.contract import Model
+from sivae_fast.files import write_text
+from sivae_fast.systems import make_model
+
+logger = logging.getLogger("sivae_fast")
+
+FORMAT = "sivae-fast 1"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or snapshot that cannot be read or does not fit; the message names the file and why."""
+
+
+def save_checkpoint(folder: Path, images: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
+    """Writes the checkpoint after `images` images, then removes all but the newest `keep`.
+
+    Raises OSError where it cannot be written; older checkpoints are then untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{images:010d}.safetensors"
+    digest = _save_tensors(path, tensors, {"format": FORMAT})
+    state = {"format": FORMAT, "images": images, "sha256": digest, **state}
+    write_text(path.with_suffix(".json"), json.dumps(state, indent=1))
+    for old in _complete(folder)[keep:]:
+        old.with_suffix(".json").unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
+    """(tensors, state) of the newest whole checkpoint, or None; says which damaged ones it passed over."""
+    for path in _complete(folder):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("%s; falling back to the checkpoint before it", error)
+    return None
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, state) of one checkpoint. Raises CheckpointError where it is not whole."""
+    try:
+        state = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        digest = _digest(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path.name} cannot be read ({error})") from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {path.name} has format {state.get('format')!r}, not {FORMAT!r}")
+    if digest != state["sha256"]:
+        raise CheckpointError(f"checkpoint {path.name} is damaged (its checksum does not agree)")
+    return _load_tensors(path), state
+
+
+def save_snapshot(path: Path, model: Model, config: Config, images: int, **facts: str) -> None:
+    """Writes the weights of `model` (averaged or raw) for use, with all that rebuilds it."""
+    metadata = {"format": FORMAT, "config": json.dumps(config.to_dict()), "images": str(images), **facts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save_tensors(path, model.state_dict(), metadata)
+
+
+def load(path: str | os.PathLike, averaged: bool = True, device: torch.device | str = "cpu") -> Model:
+    """The model of a snapshot, a run folder (its newest checkpoint) or a checkpoint, in eval mode.
+
+    averaged: the averaged weights; False gives those of the optimizer (a snapshot has only one kind).
+    `.config` and `.images` of the model say what it is. Raises CheckpointError, naming the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        tensors, config, images = _of_run(path, averaged)
+    elif path.with_suffix(".json").is_file() and path.parent.name == "checkpoints":
+        tensors, config, images = _of_checkpoint(*load_checkpoint(path), averaged)
+    else:
+        tensors, config, images = _of_snapshot(path)
+    model = make_model(config)
+    load_weights(model, tensors, str(path))
+    model.config, model.images = config, images
+    return model.to(device).eval()
+
+
+def load_weights(model: Model, tensors: dict[str, Tensor], source: str) -> None:
+    """Copies `tensors` into the state dict of `model`; names and shapes must agree.
+
+    Raises CheckpointError naming the first tensors that do not.
+    """
+    own = model.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in tensors]
+    wrong += [f"{name} is unknown" for name in tensors if name not in own]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)}, the model's is {list(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{source} is of another architecture: {'; '.join(wrong[:3])}{more}")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under `prefix/`, without it."""
+    return {n.removeprefix(prefix + "/"): t for n, t in tensors.items() if n.startswith(prefix + "/")}
+
+
+def _of_run(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config, int]:
+    found = load_newest(path / "checkpoints")
+    if found is not None:
+        return _of_checkpoint(*found, averaged)
+    snapshots = sorted((path / "snapshots").glob("*.safetensors"))
+    if not snapshots:
+        raise CheckpointError(f"{path} holds no checkpoint and no snapshot: give a run folder or a snapshot")
+    return _of_snapshot(snapshots[-1])
+
+
+def _of_checkpoint(tensors, state, averaged: bool) -> tuple[dict[str, Tensor], Config, int]:
+    weights = part(tensors, "model")
+    if averaged:
+        weights |= part(tensors, "average")
+    return weights, make_config(state["config"]), state["images"]
+
+
+def _of_snapshot(path: Path) -> tuple[dict[str, Tensor], Config, int]:
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: give a snapshot (.safetensors) or a run folder")
+    tensors = _load_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT or "config" not in metadata:
+        raise CheckpointError(f"{path} is not a snapshot of this project (`sivae-fast convert` makes one)")
+    return tensors, make_config(json.loads(metadata["config"])), int(metadata["images"])
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints whose JSON was written, newest first."""
+    return sorted((p.with_suffix(".safetensors") for p in folder.glob("*.json")), reverse=True)
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Atomic: the file appears under its name only when it is whole and on the disk. Returns its SHA-256."""
+    from safetensors.torch import save_file
+
+    with _temporary(path) as temporary:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
+        digest = _digest(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    return digest
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    from safetensors import SafetensorError
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    except SafetensorError as error:
+        raise OSError(f"{path.name} could not be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name} cannot be read ({error})") from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

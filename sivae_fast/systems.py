@@ -1,0 +1,151 @@
+"""From a configuration to a model, an objective and data: the one place that knows every system by name."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from sivae_fast.config import Config, ConfigError
+from sivae_fast.contract import Model
+from sivae_fast.draws import Draws, Rows
+from sivae_fast.figures import save_grid
+
+
+def make_model(config: Config) -> Model:
+    """The untrained model on the CPU, in float32; the same weights for the same `train.seed`."""
+    settings = config.model.model_dump(exclude={"kind"})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return _model_class(config.model.kind)(**settings)
+
+
+def make_objective(config: Config, input_shape: tuple[int, ...]):
+    """The objective; its `scale` is 1 / (numbers in one input) unless set."""
+    from sivae_fast import objectives
+
+    settings = config.objective
+    scale = settings.scale or 1 / math.prod(input_shape)
+    common = {
+        "beta_rec": settings.beta_rec,
+        "beta_kl": settings.beta_kl,
+        "prior_std": getattr(config.model, "prior_std", 1.0),
+    }
+    if settings.reconstruction != "chamfer":
+        common["reconstruction"] = settings.reconstruction
+    beta_neg = settings.beta_neg if isinstance(settings.beta_neg, (int, float)) else settings.beta_neg[0]
+    if settings.kind == "vae":
+        return objectives.VAE(**common)
+    if settings.kind == "introvae":
+        return objectives.IntroVAE(**common, beta_neg=beta_neg, margin=settings.margin, hinge=settings.hinge)
+    gamma_r = settings.gamma_r
+    if gamma_r is None:
+        gamma_r = 1e-8 if config.train.schedule == "published" else 0.0
+    return objectives.SoftIntroVAE(
+        **common, beta_neg=beta_neg, scale=scale, alpha=settings.alpha, gamma_r=gamma_r
+    )
+
+
+def error_function(config: Config):
+    """Per-sample error of (target, prediction) for reconstructions that the fused objective does not have."""
+    if config.objective.reconstruction != "chamfer":
+        return None
+    from sivae_fast.kernels.chamfer import chamfer
+
+    return chamfer
+
+
+def make_data(config: Config, device: torch.device, *, show: bool = True):
+    """The training data; `show`: this process may print progress."""
+    settings = config.data
+    if settings.kind == "density":
+        from sivae_fast.data.densities import Density
+
+        return Density(settings.name)
+    if settings.kind == "images":
+        return _images(config, device, show)
+    raise ConfigError(f"data.kind={settings.kind}: not available yet")
+
+
+def _images(config: Config, device: torch.device, show: bool):
+    from sivae_fast.data.loader import ImageLoader
+
+    settings, model = config.data, config.model
+    path = settings.path
+    if path is None:
+        from sivae_fast.data.quickstart import ensure_quickstart
+
+        path = ensure_quickstart(Path("datasets"))
+    data = ImageLoader(
+        path,
+        seed=config.train.seed,
+        workers=settings.workers,
+        flip=settings.flip,
+        signed=settings.value_range == "symmetric",
+        grows=model.kind == "style",
+        device=device,
+    )
+    wanted = (model.channels, model.resolution, model.resolution)
+    if tuple(data.input_shape) != wanted:
+        raise ConfigError(
+            f"data.path={path}: images are {_size(data.input_shape)}, model.channels={model.channels} and "
+            f"model.resolution={model.resolution} ask for {_size(wanted)}. "
+            f"Run `sivae-fast prepare SOURCE DEST --resolution {model.resolution}` or change the model"
+        )
+    return data
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[2]} with {shape[0]} channels"
+
+
+@torch.no_grad()
+def save_picture(config: Config, path: Path, model: Model, data, count: int = 8) -> None:
+    """What to look at while training, the same every time: real, reconstruction (of the mean), sample.
+
+    For densities: data, samples and the learned density.
+    """
+    training = model.training
+    model.eval()
+    if config.data.kind == "density":
+        from sivae_fast.evaluation.density_figures import draw_model, look_at
+
+        draw_model(path, data.sample, data.half_range, look_at(model, data.half_range, points=256))
+    else:
+        real, rec, fake = _fixed_rows(model, data, count)
+        low = 0.0 if getattr(config.data, "value_range", "unit") == "unit" else -1.0
+        save_grid(path, [real, rec, fake], (low, 1.0))
+    model.train(training)
+
+
+def _fixed_rows(model: Model, data, count: int):
+    real = data.fixed(count)
+    draws = Draws(0, 0, Rows.all(len(real)), real.device)
+    if real.ndim == 4 and hasattr(model, "resolution"):
+        real = F.avg_pool2d(real, real.shape[-1] // model.resolution)
+    rec = model.decode(model.encode(real).mean, draws.stream("picture/rec"))
+    prior = draws.stream("picture/prior").normal(len(real), model.latent_size) * model.prior_std
+    return real, rec, model.generate(prior, draws.stream("picture/fake"))
+
+
+def levels(config: Config) -> int:
+    """Number of levels of detail: 4x4 is the first; 1 for models of one size."""
+    return int(math.log2(config.model.resolution)) - 1 if config.model.kind == "style" else 1
+
+
+def _model_class(kind: str) -> type[Model]:
+    if kind == "style":
+        from sivae_fast.models.style import StyleModel
+
+        return StyleModel
+    if kind == "mlp":
+        from sivae_fast.models.mlp import MLPModel
+
+        return MLPModel
+    if kind == "residual":
+        from sivae_fast.models.residual import ResidualModel
+
+        return ResidualModel
+    raise ConfigError(f"model.kind={kind}: not available yet")

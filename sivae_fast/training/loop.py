@@ -1,0 +1,268 @@
+"""The training loop: one for every system, with images seen as its only clock."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sivae_fast.config import Config, ConfigError
+from sivae_fast.draws import Draws, Rows
+from sivae_fast.systems import error_function, levels, make_data, make_model, make_objective
+from sivae_fast.training.averaging import Average
+from sivae_fast.training.engine import check_engine, deepspeed_missing, distributed, make_engine
+from sivae_fast.training.growth import Schedule, Stage
+from sivae_fast.training.meter import Meter, first_not_finite, means
+from sivae_fast.training.optim import make_optimizer, set_learning_rate
+from sivae_fast.training.recorder import Recorder
+from sivae_fast.training.resume import restore, state_of
+from sivae_fast.training.signals import Stopper
+from sivae_fast.training.step import Step, posterior_surrogate
+
+logger = logging.getLogger("sivae_fast")
+
+
+class Diverged(RuntimeError):
+    """A loss became NaN or infinite; the message names the term, the level and what to try."""
+
+
+def train(config: Config) -> Path:
+    """Trains, or resumes the run of the same configuration; returns the run folder.
+
+    Called once in each process of a launch by deepspeed, torchrun or plain python.
+    Raises ConfigError for settings that do not fit together, Diverged when a loss is not finite.
+    """
+    kind, zero = _engine_kind(config)
+    with distributed(kind) as (rank, world, device):
+        if rank:
+            logger.setLevel(logging.WARNING)
+        schedule = make_schedule(config)
+        check_batches(config, schedule, world)
+        trainer = Trainer(config, schedule, rank, world, device, kind, zero)
+        try:
+            return trainer.run()
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """Everything one process holds while it trains."""
+
+    def __init__(
+        self,
+        config: Config,
+        schedule: Schedule,
+        rank: int,
+        world: int,
+        device: torch.device,
+        kind: str = "torch",
+        zero: int = 0,
+    ):
+        self.config, self.schedule = config, schedule
+        self.rank, self.world, self.device = rank, world, device
+        self.data = make_data(config, device, show=rank == 0)
+        self.model = make_model(config).to(device)
+        self.objective = make_objective(config, self.data.input_shape).to(device)
+        self.step = Step(
+            self.model,
+            self.objective,
+            schedule=config.train.schedule,
+            fresh_draws=config.train.fresh_draws,
+            share_forward=_pieces(config, schedule.batch(0), world) == 1,
+            autocast=torch.bfloat16 if config.train.precision == "bf16" else None,
+            error=error_function(config),
+        )
+        optimizer = functools.partial(
+            make_optimizer,
+            implementation=config.optim.implementation,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            published_eps=config.optim.published_eps,
+        )
+        self.engines = {
+            side: make_engine(
+                self.model, side, optimizer, kind=kind, zero=zero, settings=config.engine.deepspeed
+            )
+            for side in ("encoder", "decoder")
+        }
+        half_life = config.average.half_life
+        self.average = Average(self.model, half_life) if half_life else None
+        self.meter = Meter(device)
+        self.images, self.lod = 0, schedule.lod(0)
+        self.step_seconds = self.data_seconds = 0.0
+        self.recorder = Recorder(self)
+
+    def run(self) -> Path:
+        """Trains to the end, to a signal or to a divergence; what was reached is saved on the way out."""
+        restore(self)
+        if self.images >= self.config.train.images:
+            logger.info(
+                "%s is finished at %s images: train.images=N goes on, run.new=true starts another",
+                self.recorder.folder,
+                f"{self.images:,}",
+            )
+            return self.recorder.folder
+        self.recorder.start()
+        batches = self.data.batches(self.images, self.schedule.batch, self.rank, self.world)
+        with Stopper(self.world) as stopper:
+            while self.images < self.config.train.images:
+                self._advance(batches)
+                stopped = stopper.asked(self.images // self.schedule.batch(self.images))
+                self.recorder.after_iteration(last=stopped or self.images >= self.config.train.images)
+                if stopped:
+                    logger.info("stopped at %s images; the same command resumes", f"{self.images:,}")
+                    break
+        return self.recorder.folder
+
+    def close(self) -> None:
+        self.data.close()
+        self.recorder.close()
+
+    def _advance(self, batches) -> None:
+        """One iteration, its averaging and its clocks."""
+        stage = self.schedule.at(self.images)
+        self._enter(stage)
+        started = time.perf_counter()
+        batch = next(batches)
+        loaded = time.perf_counter()
+        rows = Rows.all(stage.batch).part(self.rank, self.world)
+        draws = Draws(self.config.train.seed, self.images, rows, self.device)
+        x = self.data.to_input(batch, draws, stage.lod, stage.blend)
+        self.iterate(x, stage)
+        if self.average:
+            self.average.update(stage.batch)
+        self.images += stage.batch
+        self.data_seconds += loaded - started
+        self.step_seconds += time.perf_counter() - loaded
+
+    def _enter(self, stage: Stage) -> None:
+        """Level, rates and weights of this moment; optimizer state does not survive a level switch."""
+        if stage.lod != self.lod:
+            for engine in self.engines.values():
+                engine.clear_state()
+            self.lod = stage.lod
+            logger.info(
+                "level %d (%d pixels) from %s images on", stage.lod, 4 << stage.lod, f"{self.images:,}"
+            )
+        self.model.set_level(stage.lod, stage.blend)
+        for engine in self.engines.values():
+            set_learning_rate(engine.optimizer, stage.learning_rate)
+        if getattr(self.objective, "beta_neg", None) != stage.beta_neg and self.objective.introspective:
+            self.objective.beta_neg = stage.beta_neg
+
+    def iterate(self, x: Tensor, stage: Stage) -> None:
+        """One update of both networks from this rank's rows x [B / world, ...] of the global batch."""
+        pieces = _pieces(self.config, stage.batch, self.world)
+        self.step.shares_forward = self.step.may_share and pieces == 1
+        mine = Rows.all(stage.batch).part(self.rank, self.world)
+        parts = [
+            (part, Draws(self.config.train.seed, self.images, mine.part(i, pieces), self.device))
+            for i, part in enumerate(x.chunk(pieces))
+        ]
+        if not self.objective.introspective or self.images < self.config.train.warmup_images:
+            self._vae_iteration(parts)
+        else:
+            self._introspective_iteration(parts)
+
+    def _introspective_iteration(self, parts) -> None:
+        encoder, decoder = self.engines["encoder"], self.engines["decoder"]
+        kept = []
+        for x, draws in parts:
+            (loss, statistics), shared = self.step.encoder_phase(x, draws)
+            encoder.backward(loss / len(parts))
+            self.meter.add({"loss_encoder": loss, **statistics}, len(x))
+            kept.append(shared)
+        encoder.step()
+        for (x, draws), shared in zip(parts, kept, strict=True):
+            loss, statistics = self.step.decoder_phase(x, draws, shared)
+            decoder.backward(loss / len(parts))
+            self.meter.add({"loss_decoder": loss}, len(x))
+        decoder.step()
+
+    def _vae_iteration(self, parts) -> None:
+        for x, draws in parts:
+            (loss, statistics), posterior, cut = self.step.vae_phase(x, draws)
+            self.engines["decoder"].backward(loss / len(parts))
+            self.engines["encoder"].backward(posterior_surrogate(posterior, cut))
+            self.meter.add({"loss_vae": loss, **statistics}, len(x))
+        for engine in self.engines.values():
+            engine.step()
+
+    def read_meter(self) -> dict[str, float]:
+        """Means of the tick so far; raises Diverged where one is not finite. A collective call."""
+        values = means(self.meter.totals())
+        wrong = first_not_finite(values)
+        if wrong:
+            raise Diverged(_advice(wrong, self.lod, self.images, self.config))
+        return values
+
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
+        """What a resumed run needs, on every rank; a collective call."""
+        return state_of(self)
+
+
+def make_schedule(config: Config) -> Schedule:
+    beta_neg = config.objective.beta_neg if config.objective.kind != "vae" else None
+    return Schedule(
+        levels=levels(config),
+        images_per_level=config.growth.images_per_level,
+        fade=config.growth.fade,
+        batch=config.train.batch,
+        learning_rate=config.optim.learning_rate,
+        beta_neg=beta_neg,
+        drops=config.optim.drops,
+        drop_factor=config.optim.drop_factor,
+    )
+
+
+def check_batches(config: Config, schedule: Schedule, world: int) -> None:
+    """Raises ConfigError where a level's global batch does not divide over ranks and micro-batches."""
+    first = schedule.lod(0)
+    for lod in range(first, schedule.levels):
+        batch = schedule._batch[lod]
+        if batch % world:
+            raise ConfigError(
+                f"train.batch={batch} (level {lod}) does not divide over {world} ranks: "
+                f"use a multiple of {world}, e.g. {-(-batch // world) * world}"
+            )
+        _pieces(config, batch, world)
+
+
+def _pieces(config: Config, batch: int, world: int) -> int:
+    """Micro-batches of one rank: the fewest equal ones of at most train.micro_batch images."""
+    local = batch // world
+    most = config.train.micro_batch or local
+    return next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
+
+
+def _engine_kind(config: Config) -> tuple[str, int]:
+    kind, zero = config.engine.kind, config.engine.zero
+    if kind != "torch":
+        missing = deepspeed_missing()
+        if missing and kind == "deepspeed":
+            raise ConfigError(
+                f"engine.kind=deepspeed: DeepSpeed cannot be imported ({missing}). "
+                "Install it with `pip install deepspeed`, or use engine.kind=torch"
+            )
+        if missing:
+            logger.warning("DeepSpeed cannot be imported (%s): using the torch engine", missing)
+        kind = "torch" if missing else "deepspeed"
+    zero = zero if zero is not None else (1 if kind == "deepspeed" else 0)
+    try:
+        check_engine(kind, zero, config.engine.deepspeed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return kind, zero
+
+
+def _advice(term: str, lod: int, images: int, config: Config) -> str:
+    return (
+        f"training diverged: {term} is not finite at level {lod} ({4 << lod} pixels), after {images:,} "
+        f"images (beta_neg {config.objective.beta_neg}). The last checkpoint is from before. What "
+        "helps, in this order: a higher objective.beta_neg (a weaker push against fakes); a longer train.warmup_images; "
+        "a lower optim.learning_rate; start from beta_rec = beta_kl = 1 and beta_neg near the latent size"
+    )

@@ -1,0 +1,178 @@
+"""What training leaves behind: ticks, pictures, checkpoints and snapshots, each at its interval of images."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sivae_fast.checkpoint import save_checkpoint, save_snapshot
+from sivae_fast.progress import Progress
+from sivae_fast.run import Run
+from sivae_fast.systems import save_picture
+
+logger = logging.getLogger("sivae_fast")
+
+
+class Recorder:
+    """Opens or finds the run folder and writes into it; ranks other than 0 only take part in collectives.
+
+    `marks` holds the image counter at which each kind of record is next due. It is part of a checkpoint, so
+    that a resumed run keeps the marks of an uninterrupted one.
+    """
+
+    def __init__(self, trainer):
+        self._trainer, config = trainer, trainer.config
+        self._every = {
+            "tick": config.run.tick,
+            "samples": config.run.samples,
+            "checkpoint": config.run.checkpoint,
+            "snapshot": config.run.snapshot,
+        }
+        self.marks = dict(self._every)
+        self._run = self._open() if trainer.rank == 0 else None
+        self.folder = Path(self._share(str(self._run.folder) if self._run else ""))
+        self.checkpoints = self.folder / "checkpoints"
+        self._progress: Progress | None = None
+        self._tick_images = 0
+
+    def start(self) -> None:
+        """The first tick's pictures, or on resume: drops what lies beyond the checkpoint."""
+        trainer = self._trainer
+        self._tick_images = trainer.images
+        if self._run is None:
+            return
+        self._progress = Progress(trainer.config.train.images, trainer.images)
+        self._run.truncate_after(trainer.images)
+        trainer.data.fixed(1)  # fails here rather than hours later
+        if trainer.images == 0:
+            logger.info("run folder %s", self.folder)
+            self._save_samples()
+
+    def after_iteration(self, last: bool) -> None:
+        """Writes whatever is due; `last` makes everything but the tick due. Collective where something is."""
+        trainer = self._trainer
+        images = trainer.images
+        due = {kind for kind, mark in self.marks.items() if images >= mark}
+        for kind in due:
+            self.marks[kind] = (images // self._every[kind] + 1) * self._every[kind]
+        finished = images >= trainer.config.train.images
+        if "tick" in due or finished:
+            self._write_tick()
+        elif self._progress:
+            self._show(tick=False)
+        if self._run and ("samples" in due or finished):
+            self._save_samples()
+        if "checkpoint" in due or last:
+            self._save_checkpoint()
+        if self._run and ("snapshot" in due or finished):
+            self._save_snapshot()
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.clear()
+        if self._run:
+            self._run.close()
+
+    def _open(self) -> Run:
+        config = self._trainer.config
+        folder = None if config.run.new else Run.find(config.run.folder, config.run.name, config.identity())
+        if folder is None:
+            return Run.create(config.run.folder, config.run.name, config.to_dict(), config.identity())
+        run = Run.open(folder)
+        run.write_config(config.to_dict())
+        return run
+
+    def _write_tick(self) -> None:
+        trainer = self._trainer
+        values = trainer.read_meter()
+        trainer.meter.clear()
+        if self._run is None:
+            return
+        stage = trainer.schedule.at(max(trainer.images - 1, 0))
+        seconds = trainer.step_seconds + trainer.data_seconds
+        gained = trainer.images - self._tick_images
+        self._run.stats(
+            {
+                "images": trainer.images,
+                **values,
+                "lod": stage.lod,
+                "blend": stage.blend,
+                "batch": stage.batch,
+                "learning_rate": stage.learning_rate,
+                "images_per_second": gained / seconds if seconds else None,
+                "step_seconds": trainer.step_seconds,
+                "data_seconds": trainer.data_seconds,
+                "memory_bytes": _memory(trainer.device),
+            }
+        )
+        self._show(tick=True, note=_note(values, stage))
+        trainer.step_seconds = trainer.data_seconds = 0.0
+        self._tick_images = trainer.images
+
+    def _show(self, tick: bool, note: str = "") -> None:
+        trainer = self._trainer
+        batch = trainer.schedule.batch(max(trainer.images - 1, 0))
+        iterations = max(1, (trainer.images - self._tick_images) // batch)
+        self._progress.show(
+            trainer.images,
+            trainer.step_seconds / iterations,
+            trainer.data_seconds / iterations,
+            _memory(trainer.device),
+            note,
+            tick,
+        )
+
+    def _save_samples(self) -> None:
+        trainer = self._trainer
+        save_picture(trainer.config, self._run.sample_path(trainer.images), self._model(), trainer.data)
+
+    def _save_checkpoint(self) -> None:
+        trainer = self._trainer
+        trainer.read_meter()  # never saves weights that have diverged
+        tensors, state = trainer.checkpoint()
+        if self._run is None:
+            return
+        try:
+            save_checkpoint(self.checkpoints, trainer.images, tensors, state, trainer.config.run.keep)
+        except OSError as error:
+            logger.error("checkpoint at %s images not saved: %s; older ones are whole", trainer.images, error)
+
+    def _save_snapshot(self) -> None:
+        trainer = self._trainer
+        path = self.folder / "snapshots" / f"{trainer.images:010d}.safetensors"
+        weights = "averaged" if trainer.average else "raw"
+        try:
+            save_snapshot(path, self._model(), trainer.config, trainer.images, weights=weights)
+        except OSError as error:
+            logger.error("snapshot at %s images not saved: %s", trainer.images, error)
+
+    def _model(self):
+        trainer = self._trainer
+        model = trainer.average.model() if trainer.average else trainer.model
+        stage = trainer.schedule.at(max(trainer.images - 1, 0))
+        model.set_level(stage.lod, stage.blend)
+        return model
+
+    def _share(self, text: str) -> str:
+        if self._trainer.world == 1:
+            return text
+        box = [text]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def _note(values: dict[str, float], stage) -> str:
+    names = ("rec_real", "kl_real", "kl_rec", "kl_fake")
+    shown = [f"{name} {values[name]:.4g}" for name in names if name in values]
+    return "  ".join([f"level {stage.lod}", *shown])
+
+
+def _memory(device: torch.device) -> int:
+    """Peak bytes: of the GPU's tensors, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

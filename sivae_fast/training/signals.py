@@ -1,0 +1,49 @@
+"""Stopping on request: SIGTERM or Ctrl-C ends training after the iteration, on every rank alike."""
+
+from __future__ import annotations
+
+import signal
+
+import torch
+import torch.distributed as dist
+
+EVERY = 4  # iterations between looks at the other ranks
+
+
+class Stopper:
+    """`asked` is true, on all ranks at the same iteration, once any rank received SIGTERM or SIGINT.
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self, world: int):
+        self._world = world
+        self._received = False
+        self._before = {}
+        # On the CPU, so that asking never waits for the GPU.
+        self._group = dist.new_group(backend="gloo") if world > 1 else None
+
+    def __enter__(self) -> Stopper:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self, iteration: int) -> bool:
+        """Collective every few iterations; call it once after each iteration with its number."""
+        if self._group is None:
+            return self._received
+        if iteration % EVERY:
+            return False
+        flag = torch.tensor([int(self._received)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())
+
+    def _receive(self, number, frame) -> None:
+        if self._received:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+        self._received = True
