@@ -32,7 +32,7 @@ _PALETTE = np.array(
 
 
 def ensure_quickstart(
-    folder: str | os.PathLike, resolution: int = 64, *, count: int = COUNT, progress: bool = True
+    folder: str | os.PathLike, resolution: int = 32, *, count: int = COUNT, progress: bool = True
 ) -> Path:
     """The path of the prepared quickstart set below `folder`, made at the first call by one process.
 
