@@ -50,7 +50,9 @@ def intervals(bodies: Sequence[Body], origin: np.ndarray, direction: np.ndarray)
                 np.maximum(enter, ends.min(0), out=enter)
                 np.minimum(leave, ends.max(0), out=leave)
             if rounds:
-                a, b = (d[:, rounds] ** 2).sum(1), (o[:, rounds] * d[:, rounds]).sum(1)
+                # The floor is for lines along a cylinder, which meet its side at infinity.
+                a = np.maximum((d[:, rounds] ** 2).sum(1), 1e-12)
+                b = (o[:, rounds] * d[:, rounds]).sum(1)
                 root = np.sqrt(b * b - a * ((o[:, rounds] ** 2).sum(1) - 1))
                 np.maximum(enter, (-b - root) / a, out=enter)
                 np.minimum(leave, (-b + root) / a, out=leave)

@@ -1,0 +1,191 @@
+"""Readers of point cloud sets and the training data made of them."""
+
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from sivae_fast.data import pointclouds
+from sivae_fast.data.ply import read_ply
+from sivae_fast.data.pointclouds import Clouds, PointClouds, load_clouds, turned
+from sivae_fast.draws import Draws, Rows
+
+HEADER = """ply
+format {0} 1.0
+comment made here
+element vertex {1}
+property uchar red
+property {2} x
+property {2} y
+property {2} z
+element face 1
+property list uchar int vertex_indices
+end_header
+"""
+
+
+def write_ply(path, points, form="binary_little_endian"):
+    text = HEADER.format(form, len(points), "double" if form == "binary_big_endian" else "float")
+    if form == "ascii":
+        body = "".join(f"7 {x!r} {y!r} {z!r}\n" for x, y, z in points.tolist()).encode() + b"3 0 1 2\n"
+    else:
+        code = "<Bfff" if "little" in form else ">Bddd"
+        body = b"".join(struct.pack(code, 7, *p) for p in points.tolist()) + struct.pack("<Biii", 3, 0, 1, 2)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(text.encode() + body)
+
+
+@pytest.mark.parametrize("form", ["ascii", "binary_little_endian", "binary_big_endian"])
+def test_ply(tmp_path, form):
+    points = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    write_ply(tmp_path / "a.ply", points, form)
+    np.testing.assert_array_equal(read_ply(tmp_path / "a.ply"), points)
+
+
+def test_bad_ply(tmp_path):
+    file = tmp_path / "a.ply"
+    file.write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match=r"a\.ply: not a \.ply"):
+        read_ply(file)
+    write_ply(file, np.zeros((9, 3), np.float32))
+    file.write_bytes(file.read_bytes()[:-60])
+    with pytest.raises(ValueError, match=r"a\.ply: buffer is smaller"):
+        read_ply(file)
+    file.write_bytes(b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nend_header\n1\n")
+    with pytest.raises(ValueError, match="lacks"):
+        read_ply(file)
+    write_ply(file, np.zeros((5, 3), np.float32), "ascii")
+    file.write_bytes(file.read_bytes().replace(b"7 0.0 0.0 0.0\n", b"7 0.0 0.0\n", 1))
+    with pytest.raises(ValueError, match=r"a\.ply: "):
+        read_ply(file)
+
+
+@pytest.fixture
+def shapenet(tmp_path):
+    for folder, count in (("03001627", 40), ("02691156", 20), ("my_shapes", 20)):
+        for i in range(count):
+            write_ply(tmp_path / folder / f"{i:03}.ply", np.full((8, 3), (i + 1) / 100, np.float32))
+    (tmp_path / "notes").mkdir()
+    return tmp_path
+
+
+def test_shapenet_layout_and_splits(shapenet):
+    train = load_clouds(shapenet, "train", points=8)
+    assert train.names == ("airplane", "chair", "my_shapes")
+    assert train.points.shape == (17 + 34 + 17, 8, 3) and train.points.dtype == torch.float32
+    assert train.labels.bincount().tolist() == [17, 34, 17]
+    chairs = [load_clouds(shapenet, split, classes=("chair",), points=8) for split in pointclouds.SPLITS]
+    assert [len(c.points) for c in chairs] == [34, 2, 4]
+    order = torch.cat([c.points[:, 0, 0] for c in chairs])
+    torch.testing.assert_close(order, torch.arange(1, 41) / 100)
+    assert load_clouds(shapenet, classes=("03001627",), points=8).names == ("chair",)
+
+
+def test_published_chair_split():
+    sizes = [len(pointclouds._part(range(6778), split)) for split in pointclouds.SPLITS]
+    assert sizes == [5761, 339, 678]
+
+
+def test_modelnet_layout(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    for name, count in (("ply_data_train0", 30), ("ply_data_train1", 10), ("ply_data_test0", 6)):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["data"] = np.full((count, 16, 3), 0.5, np.float32)
+            file["label"] = (np.arange(count) % 2).astype(np.uint8)[:, None]
+    (tmp_path / "shape_names.txt").write_text("sofa\nbench\n")
+    sizes = [len(load_clouds(tmp_path, split, points=8).points) for split in pointclouds.SPLITS]
+    assert sizes == [38, 2, 6]
+    benches = load_clouds(tmp_path, "test", classes=("bench",), points=8)
+    assert benches.points.shape == (3, 8, 3) and (benches.points == 0.25).all()
+    with pytest.raises(ValueError, match="sofa, bench"):
+        load_clouds(tmp_path, classes=("lamp",), points=8)
+    with h5py.File(tmp_path / "ply_data_test0.h5", "w") as file:
+        file["clouds"] = np.zeros(3)
+    with pytest.raises(ValueError, match="holds clouds: 'data' and 'label'"):
+        load_clouds(tmp_path, "test", points=8)
+
+
+def test_array(tmp_path):
+    clouds = np.random.default_rng(0).random((20, 5, 3)).astype(np.float64)
+    np.save(tmp_path / "mine.npy", clouds)
+    train = load_clouds(tmp_path / "mine.npy", points=5)
+    assert train.names == ("mine",)
+    torch.testing.assert_close(train.points, torch.from_numpy(clouds[:17]).float())
+    np.save(tmp_path / "flat.npy", np.zeros((4, 3)))
+    with pytest.raises(ValueError, match=r"\[4, 3\]: accepted is \[n, points, 3\]"):
+        load_clouds(tmp_path / "flat.npy")
+
+
+def test_wrong_number_of_points(tmp_path):
+    clouds = np.arange(60, dtype=np.float32).reshape(2, 10, 3)
+    np.save(tmp_path / "a.npy", clouds)
+    with pytest.raises(ValueError, match="has 10 points"):
+        load_clouds(tmp_path / "a.npy", points=6)
+    for points in (6, 25):
+        got = load_clouds(tmp_path / "a.npy", points=points, resample=True).points[0]
+        again = load_clouds(tmp_path / "a.npy", points=points, resample=True).points[0]
+        assert got.shape == (points, 3) and torch.equal(got, again)
+        assert len(got.unique(dim=0)) == min(points, 10)
+        assert {tuple(p) for p in got.tolist()} <= {tuple(p) for p in clouds[0].tolist()}
+
+
+def test_bad_sets(tmp_path):
+    clouds = np.zeros((20, 4, 3), np.float32)
+    clouds[3, 2, 1] = np.nan
+    np.save(tmp_path / "a.npy", clouds)
+    with pytest.raises(ValueError, match=r"a\.npy\[3\]: a coordinate is not finite"):
+        load_clouds(tmp_path / "a.npy", points=4)
+    with pytest.raises(ValueError, match="class folders"):
+        load_clouds(tmp_path)
+    with pytest.raises(ValueError, match=r"archive\.tar"):
+        load_clouds(tmp_path / "archive.tar")
+    with pytest.raises(ValueError, match="split='val'"):
+        load_clouds(None, "val")
+    with pytest.raises(ValueError, match="made solids are"):
+        load_clouds(None, classes=("boat",))
+
+
+def test_made_set():
+    test = load_clouds(None, "test", points=32)
+    assert test.names == ("chair", "table", "plane") and len(test.points) == 201
+    assert test.points.norm(dim=2).max() <= 0.500001
+
+
+@pytest.fixture
+def data():
+    clouds = torch.arange(24, dtype=torch.float32)[:, None, None].expand(24, 6, 3).contiguous()
+    return PointClouds(Clouds(clouds, torch.zeros(24).long(), ("a",)), seed=3)
+
+
+def test_training_data_contract(data):
+    assert len(data) == 24 and data.input_shape == (6, 3)
+    whole = data.batches(16, lambda n: 8, 0, 1)
+    parts = [data.batches(16, lambda n: 8, rank, 2) for rank in range(2)]
+    for _ in range(5):
+        joined = torch.cat([next(part) for part in parts])
+        assert torch.equal(next(whole), joined)
+    from_start = data.batches(0, lambda n: 8, 0, 1)
+    seen = torch.cat([next(from_start) for _ in range(3)])[:, 0, 0]
+    assert sorted(seen.tolist()) == list(range(24))
+    assert torch.equal(data.fixed(5), data.fixed(5)) and data.fixed(99).shape == (24, 6, 3)
+    batch = next(data.batches(0, lambda n: 8, 0, 1))
+    assert torch.equal(data.to_input(batch, Draws(0, 0, Rows.all(8))), batch)
+
+
+def test_rotation():
+    cloud = torch.tensor([[[1.0, 0, 5], [0, 2, 6]]])
+    torch.testing.assert_close(
+        turned(cloud, torch.tensor([math.pi / 2])),
+        torch.tensor([[[0.0, 1, 5], [-2, 0, 6]]]),
+        atol=1e-6,
+        rtol=0,
+    )
+    clouds = Clouds(torch.rand(8, 4, 3), torch.zeros(8).long(), ("a",))
+    data = PointClouds(clouds, rotate=True)
+    got = data.to_input(clouds.points, Draws(0, 0, Rows.all(8)))
+    torch.testing.assert_close(got.norm(dim=2), clouds.points.norm(dim=2))
+    before, after = (torch.atan2(cloud[:, :, 1], cloud[:, :, 0]) for cloud in (clouds.points, got))
+    angle = (after - before).remainder(2 * math.pi)
+    assert (angle <= math.pi + 1e-5).all() and angle.std() > 0.1
