@@ -1,0 +1,173 @@
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from sivae_fast.contract import Model, Posterior
+from sivae_fast.evaluation.likelihood import (
+    SCORES,
+    auroc,
+    detect,
+    divergence,
+    log_likelihood,
+    save_histogram,
+    score_batches,
+    scores,
+)
+from sivae_fast.models.residual import ResidualModel
+
+WEIGHT = torch.tensor([[1.0, 0.5], [0.0, 2.0], [-1.0, 0.3]], dtype=torch.float64)
+POINT = torch.tensor([[0.7, -1.2, 0.4]], dtype=torch.float64)
+EXACT = -4.8155540
+
+
+class Linear(Model):
+    """p(x|z) = N(W z, I), p(z) = N(0, I), with the diagonal of the exact posterior covariance as q."""
+
+    latent_size = 2
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+        self.covariance = torch.linalg.inv(weight.T @ weight + torch.eye(2, dtype=weight.dtype))
+        self.calls = []
+
+    def encode(self, x):
+        mean = x @ self.weight @ self.covariance
+        return Posterior(mean, self.covariance.diagonal().log().expand_as(mean))
+
+    def decode(self, z, stream=None):
+        self.calls.append(len(z))
+        return z @ self.weight.T
+
+
+def rotated():
+    """The same model in the basis where the posterior covariance is diagonal: q is then exact."""
+    _, basis = torch.linalg.eigh(Linear(WEIGHT).covariance)
+    return Linear(WEIGHT @ basis)
+
+
+def test_closed_form_of_the_linear_gaussian_model():
+    covariance = WEIGHT @ WEIGHT.T + torch.eye(3, dtype=torch.float64)
+    exact = torch.distributions.MultivariateNormal(torch.zeros(3).double(), covariance).log_prob(POINT)
+    assert exact.item() == pytest.approx(EXACT, abs=5e-8)
+
+
+@pytest.mark.parametrize("samples", [1, 5, 50])
+def test_the_exact_posterior_as_proposal_gives_the_exact_value_with_every_draw(samples):
+    assert log_likelihood(rotated(), POINT, samples).item() == pytest.approx(EXACT, abs=5e-8)
+
+
+@pytest.mark.parametrize("proposal", ["posterior", "published"])
+def test_other_proposals_bound_it_from_below_and_rise_with_the_number_of_draws(proposal):
+    model = Linear(WEIGHT)
+    x = POINT.expand(4000, 3)
+    generator = torch.Generator().manual_seed(0)
+    means = [
+        log_likelihood(model, x, samples, proposal=proposal, generator=generator, rows=40_000).mean().item()
+        for samples in (1, 5, 50)
+    ]
+    assert means[0] < means[1] < means[2] <= EXACT + 1e-3
+    assert means[2] == pytest.approx(EXACT, abs=2e-3)
+
+
+def test_the_diagonal_proposal_gives_the_known_means():
+    x = POINT.expand(400, 3)
+    generator = torch.Generator().manual_seed(1)
+    for samples, known in [(1, -4.8191), (5, -4.8164), (50, -4.8159), (1000, -4.8156)]:
+        values = log_likelihood(Linear(WEIGHT), x, samples, generator=generator)
+        error = values.std().item() / math.sqrt(len(values))
+        assert values.mean().item() == pytest.approx(known, abs=max(5 * error, 1e-4))
+
+
+def test_prior_deviation_variance_and_value_range_change_the_model_they_should():
+    # x = z + noise of variance v, z ~ N(0, s^2): log p(x) = log N(x; 0, s^2 + v), in units of the range.
+    class Scalar(Model):
+        latent_size, prior_std = 1, 0.5
+
+        def encode(self, x):
+            v = 0.3 * 4.0  # the likelihood's variance in the units of x, whose range is 2 wide
+            gain = 0.25 / (0.25 + v)
+            return Posterior(gain * x, torch.full_like(x, math.log(gain * v)))
+
+        def decode(self, z, stream=None):
+            return z
+
+    x = torch.tensor([[0.8]], dtype=torch.float64)
+    found = log_likelihood(Scalar(), x, 3, variance=0.3, value_range=(-1.0, 1.0))
+    total = 0.25 / 4 + 0.3
+    expected = -0.5 * (0.4**2 / total + math.log(2 * math.pi * total))
+    assert found.item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_draws_are_decoded_in_batches_and_none_is_left_out():
+    model = Linear(WEIGHT)
+    log_likelihood(model, POINT.expand(10, 3), 7, rows=32)
+    assert model.calls == [30, 30, 10]
+
+
+def test_divergence_agrees_with_torch():
+    q = Posterior(torch.randn(4, 3).double(), torch.randn(4, 3).double())
+    p = Posterior(torch.randn(4, 3).double(), torch.randn(4, 3).double())
+
+    def normal(posterior):
+        return torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp())
+
+    expected = torch.distributions.kl_divergence(normal(q), normal(p)).sum(1)
+    torch.testing.assert_close(divergence(q, p), expected)
+    prior = torch.distributions.Normal(torch.zeros(4, 3).double(), 0.2)
+    expected = torch.distributions.kl_divergence(normal(q), prior).sum(1)
+    torch.testing.assert_close(divergence(q, prior_std=0.2), expected)
+
+
+def test_scores_are_what_their_names_say_and_repeat_for_a_seed():
+    torch.manual_seed(0)
+    model = ResidualModel(8, 1, (8, 16), 4).eval()
+    x = torch.rand(6, 1, 8, 8)
+    first, again = (score_batches(model, [x[:3], x[3:]], seed=3, samples=2) for _ in range(2))
+    for name in SCORES:
+        assert first[name].shape == (6,) and torch.equal(first[name], again[name])
+    torch.testing.assert_close(first["elbo"], first["kl"] + first["reconstruction"])
+    torch.testing.assert_close(first["kl"], divergence(Posterior(*(p.double() for p in model.encode(x)))))
+    assert (
+        first["log_likelihood"] > 32 * math.log(2 * math.pi)
+    ).all()  # -log p is at least its constant here
+    assert (first["symmetric_kl"] >= 0).all()
+    with pytest.raises(ValueError, match="no images"):
+        score_batches(model, [])
+
+
+def test_auroc_and_detection():
+    own, other = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.5, 3.0])
+    assert auroc(own, other) == pytest.approx(5 / 6)
+    assert auroc(other, own) == pytest.approx(1 / 6)
+    found = detect(dict.fromkeys(SCORES, own), dict.fromkeys(SCORES, other))
+    assert [detection.score for detection in found] == list(SCORES)
+    with pytest.raises(ValueError, match="1 of 5 scores are not finite"):
+        auroc(own, torch.tensor([float("nan"), 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "samples is 0"),
+        ({"variance": 0.0}, "variance is 0.0"),
+        ({"proposal": "q"}, "proposal is 'q', must be one of posterior, published"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        log_likelihood(Linear(WEIGHT), POINT, **options)
+
+
+def test_bad_options_reach_scores_too():
+    with pytest.raises(ValueError, match="variance"):
+        scores(Linear(WEIGHT), POINT, variance=-1.0)
+
+
+def test_histogram_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    sets = {"train": torch.randn(500), "test": torch.randn(100), "other": torch.randn(100) - 5}
+    save_histogram(tmp_path / "h.png", sets, "made numbers")
+    assert Image.open(tmp_path / "h.png").size == (770, 440)
