@@ -10,7 +10,9 @@ import logging
 import sys
 from pathlib import Path
 
+from sivae_fast.checkpoint import CheckpointError
 from sivae_fast.config import ConfigError, load_config
+from sivae_fast.run import RunInUse
 from sivae_fast.training.loop import Diverged, train
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -30,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(config.to_yaml(), end="")
         else:
             train(config)
-    except (ConfigError, Diverged, ValueError, RuntimeError, OSError) as error:
+    except (ConfigError, CheckpointError, Diverged, RunInUse, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -33,6 +33,10 @@ def _release_in_child() -> None:
 os.register_at_fork(after_in_child=_release_in_child)
 
 
+class RunInUse(RuntimeError):
+    """The run folder belongs to a live process."""
+
+
 class Run:
     """An open, locked run folder; use `Run.create` or `Run.open`, in a with block or with `close`."""
 
@@ -72,7 +76,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> Run:
-        """The existing run at `path`. FileNotFoundError if it is none, RuntimeError while it is in use."""
+        """The existing run at `path`. FileNotFoundError if it is none, RunInUse while a live run has it."""
         folder = Path(path)
         if not (folder / "run.json").is_file():
             raise FileNotFoundError(f"{folder} is not a run folder: it has no run.json")
@@ -166,7 +170,7 @@ def _acquire(folder: Path):
         lock.seek(0)
         holder = lock.read().strip()
         lock.close()
-        raise RuntimeError(
+        raise RunInUse(
             f"{folder} is in use by a live run (process {holder}): stop it first, or start a new run"
         ) from None
     lock.truncate(0)

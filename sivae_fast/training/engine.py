@@ -96,6 +96,8 @@ class DeepSpeedEngine:
     ):
         deepspeed = _import_deepspeed()
         self.parameters, self.optimizer, self.zero = parameters, optimizer, zero
+        for parameter in parameters.values():  # DeepSpeed flattens weights and cannot keep channels last
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self._engine, *_ = deepspeed.initialize(
             model=modules,
             optimizer=optimizer,
@@ -113,8 +115,6 @@ class DeepSpeedEngine:
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             group["t"] = 0
-        if self.zero:
-            self._engine.optimizer._hp_optimizer_states_linked = False
 
     def steps(self) -> int:
         return self.optimizer.param_groups[0]["t"]
@@ -126,6 +126,7 @@ class DeepSpeedEngine:
             return {}
         from deepspeed.utils import safe_get_full_optimizer_state as full
 
+        self._link_state()
         return {
             name: {key: full(parameter, key) for key in STATE_KEYS}
             for name, parameter in self.parameters.items()
@@ -147,10 +148,19 @@ class DeepSpeedEngine:
                 "step": _step_tensor(steps, flat.device),
                 **{key: torch.zeros_like(flat) for key in STATE_KEYS},
             }
-        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_state()
         for name, moments in state.items():
             for key in STATE_KEYS:
                 set_full(self.parameters[name], moments[key], key)
+
+    def _link_state(self) -> None:
+        """DeepSpeed links moments to parameters once, after the first parameter group's first step.
+
+        The other groups, and every group after `clear_state`, have to be linked again. Private names: a test
+        guards them.
+        """
+        self._engine.optimizer._hp_optimizer_states_linked = False
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def parameters_changed(self) -> None:
         if self.zero:

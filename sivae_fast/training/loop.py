@@ -92,7 +92,7 @@ class Trainer:
         half_life = config.average.half_life
         self.average = Average(self.model, half_life) if half_life else None
         self.meter = Meter(device)
-        self.images, self.lod = 0, schedule.lod(0)
+        self.images, self.lod, self.stage = 0, schedule.lod(0), schedule.at(0)
         self.step_seconds = self.data_seconds = 0.0
         self.recorder = Recorder(self)
 
@@ -124,7 +124,7 @@ class Trainer:
 
     def _advance(self, batches) -> None:
         """One iteration, its averaging and its clocks."""
-        stage = self.schedule.at(self.images)
+        stage = self.stage = self.schedule.at(self.images)
         self._enter(stage)
         started = time.perf_counter()
         batch = next(batches)
@@ -263,6 +263,7 @@ def _advice(term: str, lod: int, images: int, config: Config) -> str:
     return (
         f"training diverged: {term} is not finite at level {lod} ({4 << lod} pixels), after {images:,} "
         f"images (beta_neg {config.objective.beta_neg}). The last checkpoint is from before. What "
-        "helps, in this order: a higher objective.beta_neg (a weaker push against fakes); a longer train.warmup_images; "
-        "a lower optim.learning_rate; start from beta_rec = beta_kl = 1 and beta_neg near the latent size"
+        "helps, in this order: a higher objective.beta_neg (a weaker push against fakes); a longer "
+        "train.warmup_images; a lower optim.learning_rate; beta_rec = beta_kl = 1 with beta_neg near the "
+        "latent size to start from"
     )

@@ -92,7 +92,7 @@ class Recorder:
         trainer.meter.clear()
         if self._run is None:
             return
-        stage = trainer.schedule.at(max(trainer.images - 1, 0))
+        stage = trainer.stage
         seconds = trainer.step_seconds + trainer.data_seconds
         gained = trainer.images - self._tick_images
         self._run.stats(
@@ -115,8 +115,7 @@ class Recorder:
 
     def _show(self, tick: bool, note: str = "") -> None:
         trainer = self._trainer
-        batch = trainer.schedule.batch(max(trainer.images - 1, 0))
-        iterations = max(1, (trainer.images - self._tick_images) // batch)
+        iterations = max(1, (trainer.images - self._tick_images) // trainer.stage.batch)
         self._progress.show(
             trainer.images,
             trainer.step_seconds / iterations,
@@ -153,8 +152,7 @@ class Recorder:
     def _model(self):
         trainer = self._trainer
         model = trainer.average.model() if trainer.average else trainer.model
-        stage = trainer.schedule.at(max(trainer.images - 1, 0))
-        model.set_level(stage.lod, stage.blend)
+        model.set_level(trainer.stage.lod, trainer.stage.blend)
         return model
 
     def _share(self, text: str) -> str:

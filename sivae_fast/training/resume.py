@@ -49,6 +49,7 @@ def restore(trainer) -> None:
     if trainer.average:
         trainer.average.load(part(tensors, "average"))
     trainer.images, trainer.lod = state["images"], state["lod"]
+    trainer.stage = trainer.schedule.at(trainer.images)
     trainer.meter.restore(state["tick"], first_rank=trainer.rank == 0)
     trainer.recorder.marks = state["marks"]
     logger.info("resuming at %s images", f"{trainer.images:,}")

@@ -1,0 +1,176 @@
+"""The minimal schedule computes the update of the published one, with fewer passes."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sivae_fast.draws import Draws, Rows
+from sivae_fast.models.mlp import MLPModel
+from sivae_fast.models.style import StyleModel
+from sivae_fast.objectives import IntroVAE, SoftIntroVAE
+from sivae_fast.training.step import Step, posterior_surrogate
+
+BATCH = 4
+
+
+def style_model() -> StyleModel:
+    torch.manual_seed(3)
+    model = StyleModel(16, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2).double()
+    for name, parameter in model.named_parameters():
+        if "noise_weight" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def mlp_model() -> MLPModel:
+    torch.manual_seed(3)
+    return MLPModel(width=16).double()
+
+
+def soft(gamma_r: float = 0.0) -> SoftIntroVAE:
+    return SoftIntroVAE(beta_rec=0.7, beta_kl=0.4, beta_neg=2.0, scale=0.02, gamma_r=gamma_r)
+
+
+def updated(model, objective, x, micro_batches: int = 1, **options) -> dict[str, torch.Tensor]:
+    """Parameters after one iteration with two plain gradient-descent optimizers."""
+    model = copy.deepcopy(model)
+    step = Step(model, objective, **options)
+    rows = Rows.all(len(x))
+    parts = [
+        (part, Draws(5, 640, rows.part(i, micro_batches))) for i, part in enumerate(x.chunk(micro_batches))
+    ]
+    kept = []
+    for part, draws in parts:
+        loss, shared = step.encoder_phase(part, draws)
+        (loss.loss / micro_batches).backward()
+        kept.append(shared)
+    assert all(p.grad is None for p in step.decoder_parameters), "the encoder phase reached the decoder"
+    torch.optim.SGD(step.encoder_parameters, lr=0.1).step()
+    before = [None if p.grad is None else p.grad.clone() for p in step.encoder_parameters]
+    for (part, draws), shared in zip(parts, kept, strict=True):
+        (step.decoder_phase(part, draws, shared).loss / micro_batches).backward()
+    for parameter, gradient in zip(step.encoder_parameters, before, strict=True):
+        assert parameter.grad is gradient or torch.equal(parameter.grad, gradient)
+    torch.optim.SGD(step.decoder_parameters, lr=0.1).step()
+    return dict(model.named_parameters())
+
+
+def assert_same_update(start, a, b, tolerance=1e-10):
+    first = dict(start.named_parameters())
+    for name, value in a.items():
+        size = (value - first[name]).norm()
+        assert (value - b[name]).norm() <= tolerance * size + 1e-15, name
+
+
+@pytest.mark.parametrize("lod, blend", [(2, 1.0), (2, 0.3), (1, 0.6), (0, 1.0)])
+def test_schedules_agree_on_the_style_model(lod, blend):
+    model = style_model()
+    model.set_level(lod, blend)
+    x = torch.randn(BATCH, 3, 4 << lod, 4 << lod, dtype=torch.float64)
+    plain = updated(model, soft(), x, schedule="published")
+    assert_same_update(model, plain, updated(model, soft(), x, schedule="minimal"))
+    assert_same_update(model, plain, updated(model, soft(), x, schedule="minimal", share_forward=False))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [soft(), soft(0.5), IntroVAE(beta_rec=0.5, beta_kl=1, beta_neg=0.5, margin=5.0)],
+    ids=["soft", "soft with gamma_r", "introvae"],
+)
+def test_schedules_agree_on_the_mlp(objective):
+    model, x = mlp_model(), torch.randn(BATCH, 2, dtype=torch.float64)
+    plain = updated(model, objective, x, schedule="published")
+    assert_same_update(model, plain, updated(model, objective, x, schedule="minimal"))
+
+
+def test_micro_batches_accumulate_to_the_whole_batch():
+    model, x = style_model(), torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
+    whole = updated(model, soft(), x)
+    assert_same_update(model, whole, updated(model, soft(), x, micro_batches=2, share_forward=False))
+
+
+def test_rows_of_two_ranks_average_to_one():
+    """Each rank's draws are its rows of the global batch's draws, block 0's shared noise map included."""
+    x = torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
+
+    def gradient(rows):
+        model = style_model()
+        loss, _ = Step(model, soft()).encoder_phase(x[rows.start : rows.stop], Draws(1, 0, rows))
+        loss.loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.encoder.parameters() if p.grad is not None])
+
+    halves = [gradient(Rows(0, 2, 4)), gradient(Rows(2, 4, 4))]
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, gradient(Rows.all(4)), rtol=1e-10, atol=1e-13)
+
+
+def test_vae_phase_equals_one_backward_through_both():
+    model, x = style_model(), torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
+    step = Step(model, soft())
+    loss, posterior, cut = step.vae_phase(x, Draws(1, 0, Rows.all(BATCH)))
+    loss.loss.backward()
+    posterior_surrogate(posterior, cut).backward()
+    split = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    draws = Draws(1, 0, Rows.all(BATCH))
+    mean, logvar = model.encode(x)
+    eps = draws.stream("posterior").normal(*mean.shape, dtype=mean.dtype)
+    rec = model.decode(mean + (logvar / 2).exp() * eps, draws.stream("rec"))
+    error = (rec - x).square().flatten(1).sum(1)
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1)
+    (0.7 * error + 0.4 * kl).mean().backward()
+    for name, gradient in split.items():
+        torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad, rtol=1e-9, atol=1e-12)
+
+
+def forward_equivalents(schedule: str, gamma_r: float) -> float:
+    """Multiply-adds of one iteration over those of one pass of one network (encoder and decoder alike)."""
+    torch.manual_seed(0)
+    model = StyleModel(64, start_channels=16, max_channels=64, latent_size=32, mapping_layers=2)
+    x = torch.randn(2, 3, 64, 64)
+    with FlopCounterMode(display=False) as one_pass, torch.no_grad():
+        model.decode(model.encode(x).mean)
+    step = Step(model, soft(gamma_r), schedule=schedule, fresh_draws=schedule == "published")
+    draws = Draws(0, 0, Rows.all(2))
+    with FlopCounterMode(display=False) as iteration:
+        loss, shared = step.encoder_phase(x, draws)
+        loss.loss.backward()
+        step.decoder_phase(x, draws, shared).loss.backward()
+    return iteration.get_total_flops() / (one_pass.get_total_flops() / 2)
+
+
+def test_passes_of_an_iteration():
+    published, minimal = forward_equivalents("published", 1e-8), forward_equivalents("minimal", 0.0)
+    assert published == pytest.approx(33, rel=0.03)
+    assert minimal <= 24
+    assert minimal == pytest.approx(24, rel=0.03)
+
+
+def test_fresh_draws_change_the_decoder_phase_only():
+    model, x = mlp_model(), torch.randn(BATCH, 2, dtype=torch.float64)
+    same = updated(model, soft(), x, schedule="published")
+    fresh = updated(model, soft(), x, schedule="published", fresh_draws=True)
+    for name in same:
+        assert torch.equal(same[name], fresh[name]) == name.startswith("encoder"), name
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_autocast_keeps_gradients_on_their_side(dtype):
+    model, x = style_model().float(), torch.randn(BATCH, 3, 16, 16)
+    step = Step(model, soft(), autocast=dtype)
+    loss, shared = step.encoder_phase(x, Draws(0, 0, Rows.all(BATCH)))
+    loss.loss.backward()
+    assert all(p.grad is None for p in step.decoder_parameters)
+    for p in step.encoder_parameters:
+        p.grad = None
+    step.decoder_phase(x, Draws(0, 0, Rows.all(BATCH)), shared).loss.backward()
+    assert all(p.grad is None for p in step.encoder_parameters)
+    assert all(torch.isfinite(p.grad).all() for p in step.decoder_parameters if p.grad is not None)
+
+
+def test_bad_options_name_what_is_accepted():
+    with pytest.raises(ValueError, match=r"schedule is 'fast', must be one of minimal, published"):
+        Step(mlp_model(), soft(), schedule="fast")
+    with pytest.raises(ValueError, match="fresh_draws=True needs schedule='published'"):
+        Step(mlp_model(), soft(), fresh_draws=True)
