@@ -129,6 +129,8 @@ class PointCloudDataConfig(Section):
     path: str | None = None
     classes: tuple[str, ...] = ()
     points: PositiveInt = 2048
+    resample: bool = Field(False, description="draw points from clouds of another size")
+    rotate: bool = Field(False, description="turn clouds about the z axis at random")
 
 
 class FactorDataConfig(Section):

@@ -66,7 +66,23 @@ def make_data(config: Config, device: torch.device, *, show: bool = True):
         return Density(settings.name)
     if settings.kind == "images":
         return _images(config, device, show)
+    if settings.kind == "pointclouds":
+        return _pointclouds(config, device)
     raise ConfigError(f"data.kind={settings.kind}: not available yet")
+
+
+def _pointclouds(config: Config, device: torch.device):
+    from sivae_fast.data.pointclouds import PointClouds, load_clouds
+
+    settings = config.data
+    if settings.points != config.model.points:
+        raise ConfigError(
+            f"data.points={settings.points} and model.points={config.model.points} must be the same"
+        )
+    clouds = load_clouds(
+        settings.path, classes=settings.classes, points=settings.points, resample=settings.resample
+    )
+    return PointClouds(clouds, seed=config.train.seed, device=device, rotate=settings.rotate)
 
 
 def _images(config: Config, device: torch.device, show: bool):
@@ -113,6 +129,10 @@ def save_picture(config: Config, path: Path, model: Model, data, count: int = 8)
         from sivae_fast.evaluation.density_figures import draw_model, look_at
 
         draw_model(path, data.sample, data.half_range, look_at(model, data.half_range, points=256))
+    elif config.data.kind == "pointclouds":
+        from sivae_fast.evaluation.pointcloud_figures import draw_clouds
+
+        draw_clouds(path, _fixed_rows(model, data, count))
     else:
         real, rec, fake = _fixed_rows(model, data, count)
         low = 0.0 if getattr(config.data, "value_range", "unit") == "unit" else -1.0
@@ -148,4 +168,8 @@ def _model_class(kind: str) -> type[Model]:
         from sivae_fast.models.residual import ResidualModel
 
         return ResidualModel
+    if kind == "pointnet":
+        from sivae_fast.models.pointnet import PointNetModel
+
+        return PointNetModel
     raise ConfigError(f"model.kind={kind}: not available yet")
