@@ -1,7 +1,9 @@
-"""The training set of images: batches of pixels in the order of the sampler, decoded ahead of time."""
+"""The training set of images: pixels in the order of the sampler, decoded ahead of time."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sivae_fast.data import pixels
+from sivae_fast.data import cache, dali, pixels
 from sivae_fast.data.archive import ImageSet
+from sivae_fast.data.parallel import cores
 from sivae_fast.data.sampler import Sampler
 from sivae_fast.draws import Draws
 
+log = logging.getLogger(__name__)
 #: Batches decoded ahead of the one in use.
 AHEAD = 2
 
@@ -23,8 +27,8 @@ AHEAD = 2
 class PillowDecoder:
     """Decodes with Pillow in `workers` threads (Pillow leaves the interpreter lock while it decodes)."""
 
-    def __init__(self, images: ImageSet, workers: int, pin: bool = False):
-        self.images, self.pin = images, pin
+    def __init__(self, images: ImageSet, workers: int, device: torch.device | str = "cpu"):
+        self.images, self.pin = images, torch.device(device).type == "cuda"
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Tensor]:
@@ -66,8 +70,13 @@ def _wait(out: Tensor, futures: list[Future]) -> Tensor:
 class ImageLoader:
     """An image set as training data (the data contract of the training loop).
 
-    `signed` maps pixels to [-1, 1], else to [0, 1]; `flip` mirrors images at random; `grows` False is for
-    models of one size: any square images, and the level of detail is ignored.
+    `loader` decodes with "dali", with "torch" (Pillow in threads), or "auto": DALI where it is installed.
+    `workers` are its threads, by default the rank's share of the cores, at most 8. `cache_gib` is the most
+    memory that decoded images may take on `device` (None: a share of what is free; 0: none); a set that does
+    not fit is decoded again every epoch. `signed` maps pixels to [-1, 1], else to [0, 1]; `flip` mirrors images
+    at random; `grows` False is for models of one size: any square images, no levels of detail.
+
+    Raises ValueError for options out of range and for sets that cannot be trained on (see ImageSet).
     """
 
     def __init__(
@@ -76,18 +85,28 @@ class ImageLoader:
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        loader: str = "auto",
         workers: int | None = None,
+        cache_gib: float | None = None,
         flip: bool = True,
         signed: bool = True,
         grows: bool = True,
     ):
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        if cache_gib is not None and cache_gib < 0:
+            raise ValueError(f"cache_gib must be 0 or more, got {cache_gib}")
+        kind = choose_loader(loader)
         self.images = ImageSet(path, any_size=not grows)
         self.device = torch.device(device)
         self.flip, self.signed, self.grows = flip, signed, grows
         side = self.images.resolution
         self.input_shape = (self.images.channels, side, side)
         self._sampler = Sampler(len(self.images), seed)
-        self._decoder = PillowDecoder(self.images, workers or default_workers(), self.device.type == "cuda")
+        decoder = dali.DaliDecoder if kind == "dali" else PillowDecoder
+        self._decoder = decoder(self.images, workers or default_workers(), self.device)
+        fits = cache.fits(self.images, self.device, cache_gib)
+        self._cache = cache.Cache(self.images, self.device) if fits else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,7 +115,8 @@ class ImageLoader:
         self, start: int, batch_at: Callable[[int], int], rank: int = 0, world: int = 1
     ) -> Iterator[Tensor]:
         """This rank's rows of each batch from `start` images seen on: uint8 [B / world, R, R, C]."""
-        return self._decoder.stream(self._sampler.requests(start, batch_at, rank, world))
+        requests = self._sampler.requests(start, batch_at, rank, world)
+        return self._cache.stream(requests, self._decoder) if self._cache else self._decoder.stream(requests)
 
     def to_input(self, batch: Tensor, draws: Draws, lod: int, blend: float) -> Tensor:
         """What the model encodes: float32 [B, C, r, r] on draws.device, r = 4 * 2^lod (pixels.to_input)."""
@@ -116,7 +136,24 @@ class ImageLoader:
         self._decoder.close()
 
 
+@functools.cache
+def choose_loader(name: str) -> str:
+    """Which of "dali" and "torch" the name of a loader stands for; says once where "auto" falls back."""
+    if name not in ("auto", "dali", "torch"):
+        raise ValueError(f"loader must be auto, dali or torch, got {name!r}")
+    if name == "torch":
+        return name
+    if dali.available():
+        return "dali"
+    if name == "dali":
+        raise ValueError(
+            "loader=dali needs NVIDIA DALI: `pip install nvidia-dali-cuda130` (or the one for your CUDA version) "
+            "installs it, loader=torch does without"
+        )
+    log.warning("NVIDIA DALI is not installed: Pillow decodes the images")
+    return "torch"
+
+
 def default_workers() -> int:
     """Decoding threads of one rank: its share of the machine's cores, at most 8."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks))
+    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
