@@ -1,0 +1,110 @@
+"""Networks whose features image metrics compare: Inception from a local file, and a random stand-in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
+
+KINDS = ("inception", "random")
+
+
+class Features(NamedTuple):
+    """A feature network and what has to be said about it beside every number it gives."""
+
+    name: str
+    network: nn.Module  # uint8 [B, 3, H, W] -> float [B, F]
+    comparable: bool  # with published numbers
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features [B, F] float32 of uint8 images [B, 1 or 3, H, W]; grey is three equal channels."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"images must be uint8 [B, 1 or 3, H, W], got {images.dtype} {list(images.shape)}"
+            )
+        with torch.no_grad():
+            return self.network(images.expand(-1, 3, -1, -1)).float()
+
+
+def load_features(
+    kind: str, weights: str | os.PathLike | None = None, device: torch.device | str = "cpu"
+) -> Features:
+    """The feature network `kind`, on `device`.
+
+    "inception": Inception-v3 as published FIDs use it (2048 features, TensorFlow's weights), by
+        torch-fidelity; `weights` is the file or the folder it lies in.
+    "random": a small convolutional network with fixed random weights. It tells sets of images apart, needs no
+        file and is comparable with nothing but itself.
+    Raises ValueError for other kinds and for a damaged file, FileNotFoundError and ImportError saying what to
+    get and from where.
+    """
+    if kind == "random":
+        return Features("random network, not comparable", RandomNetwork().to(device), False)
+    if kind != "inception":
+        raise ValueError(f"features is {kind!r}, must be one of {', '.join(KINDS)}")
+    path = _weights_file(weights)
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ImportError(
+            f"Inception features need torch-fidelity and torchvision ({error}): "
+            "pip install 'sivae-fast[eval]'; random features need neither"
+        ) from error
+    network = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+    )
+    return Features("inception-v3-compat 2048", _First(network.to(device).eval()), True)
+
+
+class RandomNetwork(nn.Module):
+    """Fixed random convolutions, uint8 [B, 3, H, W] -> [B, 64]: means and deviations of 32 channels.
+
+    Images of any size from 4 pixels on. The same numbers on every machine up to rounding.
+    """
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for i, (inputs, outputs) in enumerate([(3, 16), (16, 32), (32, 32)]):
+            weight = torch.randn(outputs, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
+            self.register_buffer(f"weight_{i}", weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.to(self.weight_0.dtype) / 127.5 - 1
+        for weight in (self.weight_0, self.weight_1, self.weight_2):
+            x = F.leaky_relu(F.conv2d(x, weight, padding=1, stride=2 if x.shape[-1] >= 8 else 1), 0.2)
+        return torch.cat([x.mean(dim=(2, 3)), x.std(dim=(2, 3), correction=0)], dim=1)
+
+
+class _First(nn.Module):
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)[0]
+
+
+def _weights_file(weights: str | os.PathLike | None) -> Path:
+    where = "give the file, or the folder it is in, as weights"
+    if weights is None:
+        raise FileNotFoundError(f"Inception weights are needed: download {URL} and {where}")
+    path = Path(weights)
+    path = path / WEIGHTS if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: download {URL} and {where}")
+    # Loading executes what is pickled in the file, so it has to be the file that it says it is.
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith("6726825d"):
+        raise ValueError(
+            f"{path} is not the published file (sha256 {digest[:8]}..., not 6726825d...): download {URL}"
+        )
+    return path

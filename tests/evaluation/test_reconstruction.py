@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+import torch
+
+from sivae_fast.evaluation.reconstruction import load_lpips, mse, psnr, ssim
+
+
+def pair(channels=3, size=20):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, channels, size, size, generator=generator, dtype=torch.float64)
+    return x, (x + 0.1 * torch.randn(x.shape, generator=generator, dtype=torch.float64)).clamp(0, 1)
+
+
+def test_mse_and_psnr_of_a_known_difference():
+    x = torch.full((2, 3, 4, 4), 0.5)
+    y = x + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    torch.testing.assert_close(mse(x, y), torch.tensor([1e-2, 1e-4]))
+    torch.testing.assert_close(psnr(x, y), torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0)
+    assert psnr(x, x).isinf().all()
+
+
+def test_ssim_is_one_for_equal_images_and_the_windowed_formula_otherwise():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    x, y = pair()
+    torch.testing.assert_close(ssim(x, x), torch.ones(2, dtype=torch.float64))
+
+    def smooth(image):
+        return ndimage.gaussian_filter(image, 1.5, radius=5)[5:-5, 5:-5]
+
+    maps = []
+    for a, b in zip(x[1].numpy(), y[1].numpy(), strict=True):
+        mean_a, mean_b = smooth(a), smooth(b)
+        var_a, var_b = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2
+        both = smooth(a * b) - mean_a * mean_b
+        top = (2 * mean_a * mean_b + 1e-4) * (2 * both + 9e-4)
+        maps.append(top / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4)))
+    assert ssim(x, y)[1].item() == pytest.approx(np.mean(maps), rel=1e-10)
+
+
+def test_ssim_refuses_images_that_its_window_does_not_fit():
+    with pytest.raises(ValueError, match="at least 11 pixels a side"):
+        ssim(*pair(size=8))
+
+
+def test_missing_lpips_weights_say_where_to_get_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"download https://download\.pytorch\.org/models/alexnet"):
+        load_lpips(tmp_path)
