@@ -67,9 +67,9 @@ class Zip:
         member, fd = self._members[name], self._file.fileno()
         header = os.pread(fd, 30, member.header_offset)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise OSError(f"{self.path}: no zip member at the place of {name}")
+            raise OSError("no zip member at its place")
         if member.flag_bits & 1:
-            raise OSError(f"{self.path}: {name} is encrypted")
+            raise OSError("it is encrypted")
         name_length, extra_length = struct.unpack("<HH", header[26:30])
         offset = member.header_offset + 30 + name_length + extra_length
         data = os.pread(fd, member.compress_size, offset)
@@ -77,13 +77,11 @@ class Zip:
             try:
                 data = zlib.decompress(data, -15)
             except zlib.error as error:
-                raise OSError(f"{self.path}: {name} is corrupt ({error})") from None
+                raise OSError(f"{error}") from None
         elif member.compress_type != zipfile.ZIP_STORED:
-            raise OSError(
-                f"{self.path}: {name} uses zip compression {member.compress_type}; stored or deflate needed"
-            )
+            raise OSError(f"zip compression {member.compress_type} is not read; store or deflate is")
         if zlib.crc32(data) != member.CRC:
-            raise OSError(f"{self.path}: {name} is corrupt (wrong checksum)")
+            raise OSError("wrong checksum")
         return data
 
     def __getstate__(self) -> Path:

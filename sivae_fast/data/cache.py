@@ -61,8 +61,8 @@ class Cache:
 def fits(images: ImageSet, device: torch.device, limit: float | None) -> bool:
     """Whether the decoded set takes at most `limit` GiB on `device`.
 
-    None stands for 40 % of what is free on a GPU, and on a CPU for a quarter of the memory that is available to
-    this process, shared by the ranks of the machine.
+    None stands for 40 % of what is free on a GPU, and on a CPU for a quarter of the memory that is available
+    to this process, shared by the ranks of the machine.
     """
     needed = len(images) * images.resolution**2 * images.channels
     if limit is not None:

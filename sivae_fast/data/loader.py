@@ -73,8 +73,8 @@ class ImageLoader:
     `loader` decodes with "dali", with "torch" (Pillow in threads), or "auto": DALI where it is installed.
     `workers` are its threads, by default the rank's share of the cores, at most 8. `cache_gib` is the most
     memory that decoded images may take on `device` (None: a share of what is free; 0: none); a set that does
-    not fit is decoded again every epoch. `signed` maps pixels to [-1, 1], else to [0, 1]; `flip` mirrors images
-    at random; `grows` False is for models of one size: any square images, no levels of detail.
+    not fit is decoded again every epoch. `signed` maps pixels to [-1, 1], else to [0, 1]; `flip` mirrors
+    images at random; `grows` False is for models of one size: any square images, no levels of detail.
 
     Raises ValueError for options out of range and for sets that cannot be trained on (see ImageSet).
     """
@@ -147,8 +147,8 @@ def choose_loader(name: str) -> str:
         return "dali"
     if name == "dali":
         raise ValueError(
-            "loader=dali needs NVIDIA DALI: `pip install nvidia-dali-cuda130` (or the one for your CUDA version) "
-            "installs it, loader=torch does without"
+            "loader=dali needs NVIDIA DALI: `pip install nvidia-dali-cuda130` (or the one for your CUDA "
+            "version) installs it, loader=torch does without"
         )
     log.warning("NVIDIA DALI is not installed: Pillow decodes the images")
     return "torch"

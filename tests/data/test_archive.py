@@ -1,0 +1,161 @@
+"""Image sets on disk: what is read, and what is refused how."""
+
+import json
+import pickle
+import zipfile
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+from image_files import encoded, picture, png_zip, stylegan_names, write_folder, write_zip
+from PIL import Image
+
+from sivae_fast.data.archive import ImageSet
+
+
+@pytest.fixture
+def png_set(tmp_path):
+    return png_zip(tmp_path / "set.zip")
+
+
+def files_of(count=5, size=16, kind="png", **options):
+    suffix = ".png" if kind == "png" else ".jpg"
+    return {
+        n: encoded(picture(i, size, size), kind, **options)
+        for i, n in enumerate(stylegan_names(count, suffix))
+    }
+
+
+def test_stylegan_zip_with_stored_png(png_set):
+    images = ImageSet(png_set)
+    assert (len(images), images.resolution, images.channels, images.labels) == (21, 16, 3, None)
+    assert images.name(0) == "00000/img00000000.png"
+    for i in range(21):
+        assert np.array_equal(images.decode(i), np.asarray(picture(i)))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_jpeg_zip_stored_or_deflated(tmp_path, compression):
+    files = files_of(kind="jpeg", quality=90)
+    images = ImageSet(write_zip(tmp_path / "set.zip", files, compression))
+    assert [images.read(i) for i in range(5)] == list(files.values())
+
+
+def test_nested_folder_ignores_other_and_hidden_files(tmp_path):
+    files = {"b/deep/2.png": encoded(picture(2)), "a/1.JPG": encoded(picture(1), "jpeg")}
+    junk = {"notes.txt": b"x", ".cache/3.png": b"x", "__MACOSX/a/1.JPG": b"x", "a/.4.png": b"x"}
+    images = ImageSet(write_folder(tmp_path / "set", files | junk))
+    assert images.names == ["a/1.JPG", "b/deep/2.png"]
+
+
+def test_labels_of_dataset_json(tmp_path):
+    files = files_of(4)
+    pairs = [[name, 3 - i] for i, name in enumerate(files)]
+    images = ImageSet(
+        write_zip(tmp_path / "c.zip", files | {"dataset.json": json.dumps({"labels": pairs}).encode()})
+    )
+    assert images.labels.tolist() == [3, 2, 1, 0]
+    assert images.labels.dtype == np.int64
+    vectors = [[name, [i, 0.5]] for i, name in enumerate(files)]
+    images = ImageSet(
+        write_zip(tmp_path / "v.zip", files | {"dataset.json": json.dumps({"labels": vectors}).encode()})
+    )
+    assert images.labels.shape == (4, 2)
+    none = ImageSet(write_zip(tmp_path / "n.zip", files | {"dataset.json": b'{"labels": null}'}))
+    assert none.labels is None
+
+
+def test_incomplete_labels_name_an_image(tmp_path):
+    files = files_of(3)
+    pairs = [[name, 0] for name in list(files)[:2]]
+    path = write_zip(tmp_path / "set.zip", files | {"dataset.json": json.dumps({"labels": pairs}).encode()})
+    with pytest.raises(ValueError, match="no label for 00000/img00000002"):
+        ImageSet(path)
+
+
+def test_grey_colour_and_palette(tmp_path):
+    grey = {n: encoded(picture(i, mode="L")) for i, n in enumerate(stylegan_names(3))}
+    images = ImageSet(write_folder(tmp_path / "grey", grey))
+    assert images.channels == 1
+    assert np.array_equal(images.decode(1)[..., 0], np.asarray(picture(1, mode="L")))
+    mixed = {"0.png": encoded(picture(0, mode="L")), "1.png": encoded(picture(1).quantize(16))}
+    images = ImageSet(write_folder(tmp_path / "mixed", mixed))
+    assert images.channels == 3
+    assert np.array_equal(images.decode(0), np.asarray(picture(0, mode="L").convert("RGB")))
+
+
+def test_exif_orientation_is_followed(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(picture(0), "jpeg", quality=95, exif=exif)
+    turned = ImageSet(write_folder(tmp_path / "a", {"0.jpg": data})).decode(0)
+    plain = ImageSet(write_folder(tmp_path / "b", {"0.jpg": encoded(picture(0), "jpeg", quality=95)})).decode(
+        0
+    )
+    assert np.array_equal(turned, np.rot90(plain, -1))
+
+
+def decode_sum(images, index):
+    return int(images.decode(index).sum())
+
+
+def test_one_handle_serves_threads_forks_and_pickles(png_set):
+    images = ImageSet(png_set)
+    expected = [decode_sum(images, i) for i in range(21)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda i: decode_sum(images, i % 21), range(210))) == expected * 10
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        assert list(pool.map(decode_sum, [images] * 21, range(21))) == expected
+    assert decode_sum(pickle.loads(pickle.dumps(images)), 3) == expected[3]
+
+
+def test_paths_that_are_no_sets(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no image set at .*nowhere"):
+        ImageSet(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no images in .*empty \(0 other files\)"):
+        ImageSet(tmp_path / "empty")
+    (tmp_path / "text.zip").write_text("no zip at all")
+    with pytest.raises(ValueError, match="neither a folder nor a zip file"):
+        ImageSet(tmp_path / "text.zip")
+    whole = write_zip(tmp_path / "torn.zip", files_of(3)).read_bytes()
+    (tmp_path / "torn.zip").write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=r"torn\.zip"):
+        ImageSet(tmp_path / "torn.zip")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.png": encoded(picture(0, 16, 12))}, r"a\.png .* is not square \(16x12\); .*sivae-fast prepare"),
+        (files_of(3) | {"big.png": encoded(picture(0, 32, 32))}, r"big\.png .* is 32x32, others are 16x16"),
+        ({"a.png": encoded(picture(0, 20, 20))}, r"a\.png .*20 pixels, which is no power of two; .*prepare"),
+        ({"a.png": encoded(Image.new("I;16", (16, 16)))}, r"a\.png .* stored as I;16, not as 8-bit"),
+        ({"a.jpg": encoded(picture(0), "jpeg")[:-200]}, r"a\.jpg .* cannot be decoded .*prepare"),
+        ({"a.png": b"this is text"}, r"a\.png .* cannot be decoded"),
+    ],
+)
+def test_sets_that_need_preparing_name_the_file(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        ImageSet(write_folder(tmp_path / "set", files)).decode(0)
+
+
+def test_any_size_allows_sides_that_are_no_power_of_two(tmp_path):
+    path = write_folder(tmp_path / "set", {"a.png": encoded(picture(0, 28, 28))})
+    assert ImageSet(path, any_size=True).resolution == 28
+
+
+def test_damage_in_a_zip_is_found_when_it_is_read(png_set):
+    data = bytearray(png_set.read_bytes())
+    at = data.find(b"img00000007.png")
+    data[at + 60] ^= 0xFF
+    png_set.write_bytes(data)
+    with pytest.raises(ValueError, match=r"img00000007\.png of .*set\.zip cannot be read: wrong checksum"):
+        ImageSet(png_set)
+
+
+def test_a_set_with_missing_images_is_refused(tmp_path):
+    files = files_of(4) | {"manifest.json": b'{"images": 5}'}
+    with pytest.raises(ValueError, match=r"holds 4 images, its manifest\.json says 5"):
+        ImageSet(write_folder(tmp_path / "set", files))
