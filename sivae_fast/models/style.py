@@ -135,6 +135,21 @@ class StyleModel(Model):
             styles = torch.cat([styles[:, :cutoff], second[:, cutoff:]], dim=1)
         return self._synthesize(styles, stream, noise, truncation)
 
+    def styles(self, z: Tensor) -> Tensor:
+        """Styles [B, 2(lod + 1), latent_size] of latents [B, latent_size], from coarse to fine."""
+        return self._styles(self._map(z))
+
+    def synthesize(
+        self,
+        styles: Tensor,
+        stream: Stream | None = None,
+        *,
+        noise: NoiseMode = "sample",
+        truncation: float = 1.0,
+    ) -> Tensor:
+        """Images of styles [B, 2(lod + 1), latent_size], e.g. mixed ones; options as `decode`."""
+        return self._synthesize(styles, stream or _own_stream(styles), noise, truncation)
+
     def encoder_modules(self) -> Iterable[nn.Module]:
         return [self.encoder, self.mapping_tl]
 

@@ -1,0 +1,1 @@
+"""What is done with a trained model: pictures, measurements and the report of a run, as plain functions."""

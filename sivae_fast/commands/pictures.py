@@ -1,0 +1,209 @@
+"""sample, reconstruct, interpolate, mix: picture files of a trained image model."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sivae_fast.commands.inference import Inference
+from sivae_fast.evaluation import reconstruction
+from sivae_fast.figures import save_animation, save_grid, save_image
+
+SPACES = ("z", "w")
+
+#: Style layers as the StyleGAN papers name them: 4x4 and 8x8, 16x16 and 32x32, the rest.
+LAYERS = {"coarse": (0, 4), "middle": (4, 8), "fine": (8, None)}
+
+
+def sample(
+    run: Inference,
+    out: str | os.PathLike,
+    *,
+    count: int = 64,
+    seed: int = 0,
+    truncation: float = 1.0,
+    columns: int | None = None,
+) -> Path:
+    """Samples of the prior: one grid where `out` ends in .png, else `count` single files in the folder `out`.
+
+    truncation below 1 pulls the coarse styles towards the average one (style models).
+    """
+    _positive(count=count)
+    out = _writable(out)
+    if out.suffix == ".png":
+        save_grid(out, _rows(run.sample(count, seed, truncation), columns))
+        return out
+    out.mkdir(exist_ok=True)
+    number = 0
+    for images in run.decoded(run.prior(count, seed), seed, truncation):
+        for image in images:
+            save_image(out / f"{number:06d}.png", image)
+            number += 1
+    return out
+
+
+def reconstruct(
+    run: Inference,
+    out: str | os.PathLike,
+    pictures: Sequence[str | os.PathLike] = (),
+    *,
+    count: int = 16,
+    columns: int = 8,
+    resize: bool = False,
+    seed: int = 0,
+) -> dict[str, float]:
+    """A grid of images above their reconstructions, from the posterior mean; the training images by default.
+
+    Returns the mean MSE, PSNR and (from 11 pixels on) SSIM of pixels in [0, 1].
+    """
+    _positive(count=count, columns=columns)
+    out = _png(out)
+    images = run.read(pictures, count, resize) if pictures else run.training_images(count)
+    rec = run.reconstruct(images, seed)
+    images = run.to_pixels(run.to_input(images))  # what the model saw: growing models, at their level
+    pairs = [rows for pair in zip(images.split(columns), rec.split(columns), strict=True) for rows in pair]
+    save_grid(out, pairs)
+    x, y = images.float() / 255, rec.float() / 255
+    fits = {name: f for name, f in reconstruction.METRICS.items() if name != "ssim" or x.shape[-1] >= 11}
+    return {name: metric(x, y).mean().item() for name, metric in fits.items()}
+
+
+def interpolate(
+    run: Inference,
+    out: str | os.PathLike,
+    pictures: Sequence[str | os.PathLike] = (),
+    *,
+    steps: int = 7,
+    space: str = "z",
+    seed: int = 0,
+    resize: bool = False,
+    milliseconds: int = 60,
+) -> Path:
+    """Images between pictures, by their posterior means: a .png grid or an animated .gif.
+
+    .png: two pictures give a row of `steps` images from one to the other, four the grid between them.
+    .gif: two or more pictures are visited in turn and back to the first, `steps` images apart.
+    Without pictures, samples take their place (four in a grid, five in an animation).
+    space: "z" draws straight lines between latents; "w" between styles (style models), as published.
+    """
+    if steps < 2:
+        raise ValueError(f"steps is {steps}, must be at least 2")
+    if space not in SPACES:
+        raise ValueError(f"space is {space!r}, must be one of {', '.join(SPACES)}")
+    out = _writable(out)
+    if out.suffix not in (".png", ".gif"):
+        raise ValueError(f"{out}: a name ending in .png or .gif is needed")
+    moving = out.suffix == ".gif"
+    ends = _ends(run, pictures, moving, seed, resize)
+    if space == "w":
+        ends = run.styles(ends)
+    show = run.from_styles if space == "w" else run.decode
+    if moving:
+        save_animation(out, show(_round_trip(ends, steps), seed), milliseconds=milliseconds)
+    else:
+        save_grid(out, show(_between(ends, steps), seed).split(steps))
+    return out
+
+
+def mix(
+    run: Inference,
+    out: str | os.PathLike,
+    *,
+    layers: str = "coarse",
+    sources: Sequence[str | os.PathLike] = (),
+    destinations: Sequence[str | os.PathLike] = (),
+    count: int = 6,
+    seed: int = 0,
+    resize: bool = False,
+) -> Path:
+    """A style mixing grid: a row is one destination with the `layers` of each column's source.
+
+    The first row shows the sources, the first column the destinations. Style models only.
+    layers: "coarse", "middle", "fine", or a range such as "2-5" of the layers from 0 on.
+    Pictures enter by their posterior mean; samples take their place where none are given.
+    """
+    run.style_options("mix", layers, "")
+    _positive(count=count)
+    out = _png(out)
+    start, stop = _layers(layers, 2 * (run.model.lod + 1))
+
+    def styles_of(pictures, part):
+        z = run.encode(run.read(pictures, count, resize)) if pictures else run.prior(2 * count, seed)
+        return run.styles(z if pictures else z.chunk(2)[part])
+
+    source, destination = styles_of(sources, 0), styles_of(destinations, 1)
+    mixed = destination[:, None].repeat(1, len(source), 1, 1)
+    mixed[:, :, start:stop] = source[None, :, start:stop]
+    blank = torch.full((1, *run.from_styles(source[:1], seed).shape[1:]), 255, dtype=torch.uint8)
+    rows = [torch.cat([blank, run.from_styles(source, seed)])]
+    for own, row in zip(run.from_styles(destination, seed), mixed, strict=True):
+        rows.append(torch.cat([own[None], run.from_styles(row, seed)]))
+    save_grid(out, rows)
+    return out
+
+
+def _ends(run: Inference, pictures, moving: bool, seed: int, resize: bool) -> Tensor:
+    if not pictures:
+        return run.prior(5 if moving else 4, seed)
+    images = run.read(pictures, 4, resize)
+    if moving and len(images) < 2:
+        raise ValueError("an animation goes from one picture to another: give 2 or more, got 1")
+    if not moving and len(images) not in (2, 4):
+        raise ValueError(f"a grid lies between 2 or 4 pictures, got {len(images)}")
+    return run.encode(images)
+
+
+def _between(ends: Tensor, steps: int) -> Tensor:
+    """[steps, ...] on the line between two ends, [steps * steps, ...] between four corners, row by row."""
+    share = torch.linspace(0, 1, steps).view(-1, *[1] * (ends.ndim - 1))
+    if len(ends) == 2:
+        return torch.lerp(ends[:1], ends[1:], share)
+    left, right = torch.lerp(ends[:1], ends[2:3], share), torch.lerp(ends[1:2], ends[3:], share)
+    return torch.lerp(left[:, None], right[:, None], share[None]).flatten(0, 1)
+
+
+def _round_trip(ends: Tensor, steps: int) -> Tensor:
+    share = (torch.arange(steps) / steps).view(-1, *[1] * (ends.ndim - 1))
+    following = ends.roll(-1, 0)
+    return torch.cat([torch.lerp(a[None], b[None], share) for a, b in zip(ends, following, strict=True)])
+
+
+def _layers(text: str, available: int) -> tuple[int, int]:
+    start, stop = LAYERS.get(text, (None, None))
+    if text not in LAYERS:
+        first, dash, last = text.partition("-")
+        if not (dash and first.isdigit() and last.isdigit()):
+            raise ValueError(f"layers is {text!r}, must be one of {', '.join(LAYERS)} or a range such as 2-5")
+        start, stop = int(first), int(last) + 1
+    stop = available if stop is None else stop
+    if not start < min(stop, available):
+        raise ValueError(f"layers is {text!r}: this model has layers 0 to {available - 1}")
+    return start, min(stop, available)
+
+
+def _rows(images: Tensor, columns: int | None) -> Sequence[Tensor]:
+    return images.split(columns or math.ceil(math.sqrt(len(images))))
+
+
+def _positive(**options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, must be at least 1")
+
+
+def _png(out: str | os.PathLike) -> Path:
+    path = _writable(out)
+    if path.suffix != ".png":
+        raise ValueError(f"{path}: a name ending in .png is needed")
+    return path
+
+
+def _writable(out: str | os.PathLike) -> Path:
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
