@@ -14,7 +14,11 @@ logger = logging.getLogger("sivae_fast")
 
 
 def state_of(trainer) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, state) of a checkpoint. Collective; every rank gets the same."""
+    """(tensors, state) of a checkpoint. Collective; every rank gets the same.
+
+    Raises RuntimeError where the ranks' parameters are not equal bit for bit.
+    """
+    check_ranks_agree(trainer.model)
     tensors = {f"model/{name}": value for name, value in _rank_means(trainer.model).items()}
     if trainer.average:
         tensors |= {f"average/{name}": value for name, value in trainer.average.state().items()}
@@ -53,6 +57,25 @@ def restore(trainer) -> None:
     trainer.meter.restore(state["tick"], first_rank=trainer.rank == 0)
     trainer.recorder.marks = state["marks"]
     logger.info("resuming at %s images", f"{trainer.images:,}")
+
+
+def check_ranks_agree(model) -> None:
+    """Raises RuntimeError, on every rank, naming the first parameter whose bits differ between ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    names, bits = [], []
+    for name, parameter in model.named_parameters():
+        names.append(name)
+        bits.append(parameter.detach().contiguous().view(torch.int32).to(torch.int64).sum())
+    low, high = torch.stack(bits), torch.stack(bits)
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    differing = (low != high).nonzero().flatten().tolist()
+    if differing:
+        raise RuntimeError(
+            f"the ranks have drifted apart: {len(differing)} parameters differ, the first is "
+            f"{names[differing[0]]}. Nothing was saved; resume from the last checkpoint"
+        )
 
 
 def _rank_means(model) -> dict[str, Tensor]:
