@@ -1,0 +1,180 @@
+"""Readers of images with known class and content, on small archives in the original formats."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sivae_fast.data.factors import FactorImages, load_factors
+from sivae_fast.data.made_images import CLASSES, CONTENTS, made_images
+from sivae_fast.draws import Draws, Rows
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return load_factors(None, 16)
+
+
+def test_made_pictures(made):
+    assert made.images.shape == (CLASSES * CONTENTS, 16, 16, 3)
+    assert made.classes.unique().tolist() == list(range(CLASSES))
+    assert made.contents.bincount().tolist() == [CLASSES] * CONTENTS
+    assert np.array_equal(made_images(16).reshape(-1, 16, 16, 3), made.images.numpy())
+    assert 0.08 < made.test.float().mean() < 0.12
+    assert made.classes[made.test].unique().numel() == CLASSES
+    assert made.contents[~made.test].unique().numel() == CONTENTS
+
+
+def test_class_is_shape_and_colour_and_content_is_place(made):
+    pictures = made.images.view(CLASSES, CONTENTS, 16, 16, 3).float()
+    background = pictures.median(1).values.median(0).values
+    away = (pictures - background).abs().sum(-1)
+    centre = (away.sum(2) * torch.arange(16)).sum(-1) / away.sum((2, 3))
+    across = centre.view(CLASSES, 5, -1).mean((0, 2))
+    assert (across.diff() > 1).all()
+    red, blue = (pictures[colour::6].mean((0, 1, 2, 3)) for colour in (0, 4))
+    assert red[0] - red[2] > blue[0] - blue[2] + 5
+
+
+def test_find(made):
+    found = made.find(torch.tensor([3, 0]), torch.tensor([5, 74]))
+    assert found.tolist() == [3 * CONTENTS + 5, 74]
+    assert made.find(torch.tensor([99, 1]), torch.tensor([0, -1])).tolist() == [-1, -1]
+
+
+def write_cars(folder, cars=12, azimuths=3, elevations=2):
+    savemat = pytest.importorskip("scipy.io").savemat
+    folder.mkdir()
+    views = RNG.integers(0, 256, (cars, 8, 8, 3, azimuths, elevations), np.uint8)
+    for i, car in enumerate(views):
+        savemat(folder / f"car_{i:03}_mesh.mat", {"im": car})
+    return views
+
+
+def test_cars3d(tmp_path):
+    views = write_cars(tmp_path / "cars")
+    cars = load_factors(tmp_path, 8)
+    assert cars.images.shape == (72, 8, 8, 3) and cars.images.dtype == torch.uint8
+    number = cars.find(torch.tensor([4]), torch.tensor([2 * 2 + 1]))
+    assert np.array_equal(cars.images[number[0]].numpy(), views[4, :, :, :, 2, 1])
+    assert cars.classes[cars.test].unique().tolist() == [9]
+    small = load_factors(tmp_path, 4)
+    want = views[4, :, :, :, 2, 1].reshape(4, 2, 4, 2, 3).mean((1, 3))
+    assert np.abs(small.images[number[0]].numpy() - want).max() <= 1
+
+
+def test_bad_cars(tmp_path):
+    savemat = pytest.importorskip("scipy.io").savemat
+    savemat(tmp_path / "a.mat", {"im": np.zeros((4, 4), np.uint8)})
+    with pytest.raises(ValueError, match=r"a\.mat holds .*\[4, 4\].*accepted is im"):
+        load_factors(tmp_path)
+    (tmp_path / "a.mat").write_bytes(b"not MATLAB" * 99)
+    with pytest.raises(ValueError, match=r"a\.mat: not a MATLAB file"):
+        load_factors(tmp_path)
+
+
+def norb(array, magic, pad=0):
+    sizes = [*array.shape, *[1] * pad]
+    return struct.pack(f"<{2 + len(sizes)}i", magic, array.ndim, *sizes) + array.tobytes()
+
+
+def write_norb(folder, part="smallnorb-5x2-training", zipped=False):
+    dat = RNG.integers(0, 256, (40, 2, 6, 6), np.uint8)
+    cat = (np.arange(40, dtype="<i4") // 8) % 5
+    info = np.stack([np.zeros(40), np.zeros(40), 2 * (np.arange(40) % 8), np.zeros(40)], 1).astype("<i4")
+    for kind, content in (
+        ("dat", norb(dat, 0x1E3D4C55)),
+        ("cat", norb(cat, 0x1E3D4C54, pad=2)),
+        ("info", norb(info, 0x1E3D4C54, pad=1)),
+    ):
+        name = f"{part}-{kind}.mat" + ".gz" * zipped
+        (folder / name).write_bytes(gzip.compress(content) if zipped else content)
+    return dat
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_smallnorb(tmp_path, zipped):
+    dat = write_norb(tmp_path, zipped=zipped)
+    write_norb(tmp_path, "smallnorb-5x2-testing", zipped=zipped)
+    found = load_factors(tmp_path, 6)
+    assert found.images.shape == (160, 6, 6, 1)
+    assert len(found.classes.unique()) == 5 * 2 and found.contents.unique().tolist() == list(range(8))
+    training = found.images[80:].numpy()  # testing comes first by name
+    assert np.array_equal(training[:40, :, :, 0], dat[:, 0]) and np.array_equal(
+        training[40:, :, :, 0], dat[:, 1]
+    )
+
+
+def test_smallnorb_without_its_factors(tmp_path):
+    write_norb(tmp_path)
+    info = tmp_path / "smallnorb-5x2-training-info.mat"
+    whole = info.read_bytes()
+    info.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=r"info\.mat has \d+ bytes"):
+        load_factors(tmp_path, 6)
+    info.write_bytes(b"x" * 50)
+    with pytest.raises(ValueError, match=r"info\.mat: not a matrix"):
+        load_factors(tmp_path, 6)
+    info.unlink()
+    with pytest.raises(ValueError, match=r"training-info\.mat .* is missing"):
+        load_factors(tmp_path, 6)
+
+
+def test_shapes3d(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    images = RNG.integers(0, 256, (20, 4, 4, 3), np.uint8)
+    labels = np.stack([np.arange(20) // 4 / 10, *[np.zeros(20)] * 4, np.arange(20) % 4 * 5.0 - 30], 1)
+    with h5py.File(tmp_path / "3dshapes.h5", "w") as file:
+        file["images"], file["labels"] = images, labels
+    found = load_factors(tmp_path / "3dshapes.h5", 4)
+    assert np.array_equal(found.images.numpy(), images)
+    assert found.find(torch.tensor([2]), torch.tensor([3])).tolist() == [11]
+    with h5py.File(tmp_path / "bad.h5", "w") as file:
+        file["images"] = images
+    with pytest.raises(ValueError, match="holds images: accepted are images"):
+        load_factors(tmp_path / "bad.h5")
+
+
+def test_kth(tmp_path):
+    for name in (
+        "person02_handwaving_d4_uncomp",
+        "person10_handwaving_d4_uncomp",
+        "person10_boxing_d1_uncomp",
+    ):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            frame = np.full((12, 16), 20 * i, np.uint8)
+            frame[:, :2] = frame[:, -2:] = 255
+            Image.fromarray(frame).save(tmp_path / name / f"{i:02}.png")
+    found = load_factors(tmp_path, 6)
+    assert found.images.shape == (10, 6, 6, 1) and found.images.max() == 80  # the margins are cut off
+    assert found.classes.tolist() == [0] * 5 + [1] * 5 and (found.contents == -1).all()
+    assert (found.find(torch.tensor([0]), torch.tensor([-1])) == -1).all()
+    for video in list(tmp_path.glob("*handwaving*")):
+        video.rename(tmp_path / video.name.replace("handwaving", "running"))
+    with pytest.raises(ValueError, match="handwaving_d4"):
+        load_factors(tmp_path)
+
+
+def test_nothing_known(tmp_path):
+    with pytest.raises(ValueError, match="accepted are a folder with the"):
+        load_factors(tmp_path)
+    with pytest.raises(ValueError, match=r"cars\.zip: accepted"):
+        load_factors(tmp_path / "cars.zip")
+
+
+def test_training_data_contract(made):
+    data = FactorImages(made, seed=1)
+    assert data.input_shape == (3, 16, 16) and len(data) == int((~made.test).sum())
+    whole = data.batches(64, lambda n: 8)
+    parts = [data.batches(64, lambda n: 8, rank, 2) for rank in range(2)]
+    batch = next(whole)
+    assert torch.equal(batch, torch.cat([next(part) for part in parts]))
+    x = data.to_input(batch, Draws(0, 64, Rows.all(8)), 0, 1.0)
+    torch.testing.assert_close(x, batch.permute(0, 3, 1, 2) / 255)
+    assert data.fixed(3).shape == (3, 3, 16, 16) and torch.equal(data.fixed(3), data.fixed(3))
