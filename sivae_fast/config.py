@@ -80,6 +80,7 @@ class TwoEncoderModelConfig(Section):
     channels: Literal[1, 3] = 3
     class_size: PositiveInt = 256
     content_size: PositiveInt = 128
+    width: PositiveInt = 64
 
 
 ModelConfig = Annotated[

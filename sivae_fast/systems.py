@@ -68,7 +68,21 @@ def make_data(config: Config, device: torch.device, *, show: bool = True):
         return _images(config, device, show)
     if settings.kind == "pointclouds":
         return _pointclouds(config, device)
-    raise ConfigError(f"data.kind={settings.kind}: not available yet")
+    return _factors(config, device)
+
+
+def _factors(config: Config, device: torch.device):
+    from sivae_fast.data.factors import FactorImages, load_factors
+
+    data = FactorImages(
+        load_factors(config.data.path, config.model.resolution), seed=config.train.seed, device=device
+    )
+    if data.input_shape[0] != config.model.channels:
+        raise ConfigError(
+            f"model.channels={config.model.channels}: the images at data.path={config.data.path} have "
+            f"{data.input_shape[0]}"
+        )
+    return data
 
 
 def _pointclouds(config: Config, device: torch.device):
@@ -172,4 +186,6 @@ def _model_class(kind: str) -> type[Model]:
         from sivae_fast.models.pointnet import PointNetModel
 
         return PointNetModel
-    raise ConfigError(f"model.kind={kind}: not available yet")
+    from sivae_fast.models.two_encoder import TwoEncoderModel
+
+    return TwoEncoderModel
