@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sivae_fast.checkpoint import load
+from sivae_fast.config import Config
 from sivae_fast.contract import Model
 from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.convert import Recipe, flatten
@@ -31,23 +32,23 @@ CALIBRATION = 32
 
 
 class Inference:
-    """The image model of a run folder, checkpoint or snapshot.
+    """An image model with all that its use needs; `Inference.load` has it from a run folder or a file.
 
-    averaged: the averaged weights; False takes those of the optimizer.
-    device: "auto" is the GPU where there is one.
+    model: on its device and at its level. config, images: what it was trained with, and how far.
     batch: images in one pass; the noise of stochastic decoders depends on it, other results do not.
     batch_norm: "running", "batch" or "recalibrated" (see `evaluation.batchnorm`) for models that have it;
         None recalibrates: the encoder with the training images, the decoder with prior samples.
     data: where the training images are, if not where the run found them.
-    Raises CheckpointError for what is no model, ValueError for options that do not fit.
+    Raises ValueError for options that do not fit.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        model: Model,
+        config: Config,
+        images: int,
         *,
-        averaged: bool = True,
-        device: str = "auto",
+        weights: str = "averaged",
         precision: str = "fp32",
         batch: int = 64,
         batch_norm: str | None = None,
@@ -60,24 +61,36 @@ class Inference:
             raise ValueError(f"batch is {batch}, must be at least 1")
         if batch_norm is not None and batch_norm not in batchnorm.MODES:
             raise ValueError(f"batch_norm is {batch_norm!r}, must be one of {', '.join(batchnorm.MODES)}")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.path, self.device, self.batch, self.show = Path(path), torch.device(device), batch, show
-        self.model: Model = load(path, averaged, self.device)
-        self.config, self.images = self.model.config, self.model.images
-        if self.config.model.kind not in IMAGE_MODELS:
+        if config.model.kind not in IMAGE_MODELS:
             raise ValueError(
-                f"{path} holds a model of kind {self.config.model.kind}; "
-                f"pictures are made by {' and '.join(IMAGE_MODELS)} models"
+                f"model.kind is {config.model.kind}: this takes {' and '.join(IMAGE_MODELS)} models"
             )
-        stage = make_schedule(self.config).at(max(self.images - 1, 0))
-        self.model.set_level(stage.lod, stage.blend)
-        self.autocast, self.precision, self.averaged = PRECISIONS[precision], precision, averaged
-        self.data_path = data or self.config.data.path
+        self.model, self.config, self.images = model.eval(), config, images
+        self.device = next(model.parameters()).device
+        self.weights, self.precision, self.autocast = weights, precision, PRECISIONS[precision]
+        self.batch, self.show = batch, show
+        self.data_path = data or config.data.path
         self.batch_norm = None
-        if self.model.uses_batch_statistics:
+        if model.uses_batch_statistics:
             self.batch_norm = batch_norm or "recalibrated"
         self._encoder_is_ready = self._decoder_is_ready = self.batch_norm != "recalibrated"
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, *, averaged: bool = True, device: str = "auto", **options
+    ) -> Inference:
+        """The model of a run folder, checkpoint or snapshot; further options as the constructor.
+
+        averaged: the averaged weights; False takes those of the optimizer. device: "auto" is the GPU where
+        there is one. Raises CheckpointError, naming the file, for what is no model.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load(path, averaged, torch.device(device))
+        stage = make_schedule(model.config).at(max(model.images - 1, 0))
+        model.set_level(stage.lod, stage.blend)
+        weights = "averaged" if averaged else "raw"
+        return cls(model, model.config, model.images, weights=weights, **options)
 
     @property
     def value_range(self) -> tuple[float, float]:
@@ -92,9 +105,14 @@ class Inference:
     @property
     def described(self) -> dict[str, object]:
         """What belongs beside every number and picture of this model."""
-        facts = {"images": self.images, "weights": "averaged" if self.averaged else "raw"}
+        facts = {"images": self.images, "weights": self.weights}
         facts |= {"precision": self.precision, "resolution": self.resolution}
         return facts | ({"batch_norm": self.batch_norm} if self.batch_norm else {})
+
+    def prepare(self) -> None:
+        """Brings batch norm into its mode, for those who call the model itself."""
+        self._calibrate_encoder()
+        self._calibrate_decoder()
 
     def prior(self, count: int, seed: int) -> Tensor:
         """Prior samples [count, Z]: the same for the same seed on every device and at every batch size."""
@@ -193,11 +211,14 @@ class Inference:
 
     def training_images(self, count: int) -> Tensor:
         """The first `count` images of the training set, uint8. Raises ValueError where it is not there."""
-        path = self.data_path or ensure_quickstart(Path("datasets"), self.config.model.resolution)
         try:
-            return self.read([path], count)
+            return self.read([self.training_set()], count)
         except ValueError as error:
             raise ValueError(f"the training images are needed ({error}); give data=PATH") from error
+
+    def training_set(self) -> str | os.PathLike:
+        """Where the training images are; those of the quickstart are made if need be."""
+        return self.data_path or ensure_quickstart(Path("datasets"), self.config.model.resolution)
 
     def read(
         self, sources: Sequence[str | os.PathLike], count: int | None = None, resize: bool = False

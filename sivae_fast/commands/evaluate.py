@@ -1,0 +1,205 @@
+"""evaluate: FID and its kin, reconstruction errors, and how well a model tells other data from its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sivae_fast.commands.inference import Inference
+from sivae_fast.data.archive import ImageSet
+from sivae_fast.data.loader import PillowDecoder, default_workers
+from sivae_fast.data.parallel import progress_bar
+from sivae_fast.evaluation import fid, likelihood, reconstruction
+from sivae_fast.evaluation.features import Features
+from sivae_fast.files import write_text
+from sivae_fast.run import append_metric
+
+RECONSTRUCTION = (*reconstruction.METRICS, "lpips")
+METRICS = (*fid.METRICS, *RECONSTRUCTION)
+
+
+def evaluate(
+    run: Inference,
+    metrics: Sequence[str] = ("fid", "kid", "precision", "recall"),
+    *,
+    features: Features | None = None,
+    count: int = 50_000,
+    seed: int = 0,
+    data: str | os.PathLike | None = None,
+    weights: str | os.PathLike | None = None,
+    folder: str | os.PathLike | None = None,
+) -> dict[str, dict]:
+    """Measures the model against a set of images, by default the one it was trained on.
+
+    metrics: some of `METRICS`. The first six compare `count` samples of the prior with as many real images in
+    the space of `features`; the others compare images with their reconstructions.
+    weights: folder of LPIPS's network. folder: a run folder, to whose metric files the records are added.
+    Called in every process of a process group, each does its share and all get the result.
+    Returns a record a metric: the value and all that has to be said beside it.
+    """
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"metrics are {', '.join(metrics)}, must be some of {', '.join(METRICS)}")
+    if count < 2:
+        raise ValueError(f"count is {count}, must be at least 2")
+    reals = RealImages(run, data, count)
+    facts = {**run.described, "real_images": len(reals), "seed": seed}
+    records: dict[str, dict] = {}
+    generation = [name for name in metrics if name in fid.METRICS]
+    if generation:
+        if features is None:
+            raise ValueError(f"{', '.join(generation)} need features: give the network that compares images")
+        about = {"generated_images": count, "features": features.name, "comparable": features.comparable}
+        values = fid.compare(features, reals.pixels(), generated(run, count, seed), generation)
+        records |= {name: {"value": value, **facts, **about} for name, value in values.items()}
+    rest = [name for name in metrics if name in RECONSTRUCTION]
+    if rest:
+        values = reconstruction_errors(run, reals, rest, weights, seed)
+        records |= {name: {"value": value, **facts} for name, value in values.items()}
+    if folder is not None and _rank() == 0:
+        for name, record in records.items():
+            append_metric(folder, name, record)
+    return records
+
+
+def detect_others(
+    run: Inference,
+    others: Mapping[str, str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    own: str | os.PathLike | None = None,
+    count: int = 10_000,
+    samples: int = 5,
+    variance: float = 1.0,
+    proposal: str = "posterior",
+    seed: int = 0,
+) -> dict:
+    """How well the model tells `others` (image sets by name) from its own kind of images.
+
+    own: a set of the same kind that it was not trained on; the training images where there is none, and the
+    result says so. At most `count` images of each set are scored; samples, variance and proposal as in
+    `evaluation.likelihood`. Writes `ood.json` (areas under the ROC curve of every score) and `ood.png`
+    (histograms of log p(x)) into the folder `out`; returns what is in the file.
+    """
+    if not others:
+        raise ValueError("no other image sets are given")
+    if run.batch_norm == "batch":
+        raise ValueError("batch_norm is 'batch': the draws of an estimate would then influence each other")
+    sets = {"own": own, **others} if own else {"training set": None, **others}
+    scored = {}
+    options = {"samples": samples, "variance": variance, "proposal": proposal}
+    for name, path in sets.items():
+        batches = RealImages(run, path, count).inputs()
+        found = likelihood.score_batches(run.model, batches, seed, value_range=run.value_range, **options)
+        table = fid.gather(torch.stack(list(found.values()), 1).to(run.device)).cpu()
+        scored[name] = dict(zip(found, table.unbind(1), strict=True))
+    first, *names = sets
+    result = {
+        **run.described,
+        **options,
+        "seed": seed,
+        "own_images": first,
+        "counts": {name: len(scores["kl"]) for name, scores in scored.items()},
+        "auroc": {
+            name: {d.score: d.auroc for d in likelihood.detect(scored[first], scored[name])} for name in names
+        },
+    }
+    if _rank() == 0:
+        _write(Path(out), result, scored)
+    return result
+
+
+def _write(folder: Path, result: dict, scored: Mapping[str, Mapping[str, Tensor]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "ood.json", json.dumps(result, indent=1) + "\n")
+    values = {name: -scores["log_likelihood"] for name, scores in scored.items()}
+    title = f"log-likelihood of {result['images']:,} images' training, S = {result['samples']}"
+    likelihood.save_histogram(folder / "ood.png", values, title)
+
+
+class RealImages:
+    """This rank's share of at most `count` images of a set, in batches of the model's size."""
+
+    def __init__(self, run: Inference, path: str | os.PathLike | None, count: int):
+        self.run = run
+        self.set = ImageSet(path or run.training_set(), any_size=True)
+        model = run.config.model
+        if (self.set.resolution, self.set.channels) != (model.resolution, model.channels):
+            side = self.set.resolution
+            raise ValueError(
+                f"{self.set.path} holds {side}x{side} images of {self.set.channels} channels, the model "
+                f"takes {model.resolution}x{model.resolution} of {model.channels}: run `sivae-fast prepare`"
+            )
+        self.count = min(count, len(self.set))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def inputs(self) -> Iterator[Tensor]:
+        """As the model takes them, on its device. The encoder is ready for them after the first."""
+        self.run.prepare()
+        for images in self._decoded():
+            yield self.run.to_input(images)
+
+    def pixels(self) -> Iterator[Tensor]:
+        """uint8 [B, C, r, r] at the model's level, on its device."""
+        for images in self._decoded():
+            if images.shape[-1] == self.run.resolution:
+                yield images.to(self.run.device)
+            else:
+                yield self.run.to_pixels(self.run.to_input(images)).to(self.run.device)
+
+    def _decoded(self) -> Iterator[Tensor]:
+        start, stop = share(self.count)
+        parts = torch.arange(start, stop).split(self.run.batch)
+        decoder = PillowDecoder(self.set, default_workers())
+        with progress_bar(stop - start, self.set.path.name, self.run.show) as bar:
+            try:
+                for images in decoder.stream(part.numpy() for part in parts):
+                    yield images.permute(0, 3, 1, 2)
+                    bar.update(len(images))
+            finally:
+                decoder.close()
+
+
+def generated(run: Inference, count: int, seed: int) -> Iterator[Tensor]:
+    """This rank's share of `count` samples, uint8 on the model's device; the latents are the same for any
+    number of ranks."""
+    start, stop = share(count)
+    latents = run.prior(count, seed)[start:stop]
+    for images in run.decoded(latents, seed + 1_000_003 * _rank()):
+        yield images.to(run.device)
+
+
+def reconstruction_errors(
+    run: Inference, reals: RealImages, metrics: Sequence[str], weights=None, seed: int = 0
+) -> dict[str, float]:
+    """Means of the metrics over all images of all ranks."""
+    functions = dict(reconstruction.METRICS)
+    if "lpips" in metrics:
+        functions["lpips"] = reconstruction.load_lpips(weights, run.device)
+    total = torch.zeros(len(metrics) + 1, dtype=torch.float64, device=run.device)
+    for images in reals.pixels():
+        rec = run.reconstruct(images, seed).to(run.device)
+        x, y = images.float() / 255, rec.float() / 255
+        sums = [functions[name](x, y).double().sum() for name in metrics]
+        total += torch.stack([*sums, total.new_tensor(len(images))])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    return {name: (value / total[-1]).item() for name, value in zip(metrics, total, strict=False)}
+
+
+def share(count: int) -> tuple[int, int]:
+    """First and last + 1 of `count` items that this rank works on."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return count * _rank() // world, count * (_rank() + 1) // world
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,72 @@
+"""Small untrained models in run folders, and the image sets they would have been trained on."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sivae_fast.checkpoint import save_snapshot
+from sivae_fast.config import make_config
+from sivae_fast.systems import make_model
+
+STYLE = {
+    "kind": "style",
+    "resolution": 16,
+    "start_channels": 4,
+    "max_channels": 8,
+    "latent_size": 8,
+    "mapping_layers": 2,
+}
+RESIDUAL = {"kind": "residual", "resolution": 16, "channels": 1, "widths": [4, 8], "latent_size": 4}
+
+
+def write_images(folder, count, channels, side=16, seed=0, dark=1.0):
+    folder.mkdir()
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        small = (random.random((4, 4, channels)) * 255 * dark).astype(np.uint8)
+        pixels = small.repeat(side // 4, 0).repeat(side // 4, 1)
+        Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def write_run(folder, data, model, value_range="symmetric", images=1000, **sections):
+    config = make_config(
+        {"model": model, "data": {"path": str(data), "value_range": value_range}, **sections}
+    )
+    (folder / "snapshots").mkdir(parents=True)
+    (folder / "samples").mkdir()
+    (folder / "run.json").write_text(json.dumps({"name": folder.name, "config_hash": ""}))
+    (folder / "config.yaml").write_text(config.to_yaml())
+    model = make_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    save_snapshot(folder / "snapshots" / f"{images:010d}.safetensors", model, config, images)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    colour = write_images(root / "colour", 24, 3)
+    grey = write_images(root / "grey", 24, 1)
+    growth = {"images_per_level": 1000, "fade": 0.5}
+    return SimpleNamespace(
+        colour=colour,
+        grey=grey,
+        dark=write_images(root / "dark", 12, 1, seed=1, dark=0.3),
+        style=write_run(root / "00000-style", colour, STYLE),
+        growing=write_run(root / "00001-growing", colour, STYLE, images=1500, growth=growth),
+        residual=write_run(root / "00002-residual", grey, RESIDUAL, "unit"),
+        density=write_run_of_points(root / "00003-density"),
+    )
+
+
+def write_run_of_points(folder):
+    config = make_config({"model": {"kind": "mlp"}, "data": {"kind": "density", "name": "8gaussians"}})
+    save_snapshot(folder / "snapshots" / "0000000001.safetensors", make_model(config), config, 1)
+    return folder

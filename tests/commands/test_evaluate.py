@@ -1,0 +1,102 @@
+import json
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+
+from sivae_fast.commands.evaluate import METRICS, RealImages, detect_others, evaluate
+from sivae_fast.commands.inference import Inference
+from sivae_fast.evaluation import fid, likelihood
+from sivae_fast.evaluation.features import load_features
+from sivae_fast.run import read_metrics
+
+RANDOM = load_features("random")
+ALL = [name for name in METRICS if name != "lpips"]
+
+
+def load(path, **options):
+    return Inference.load(path, device="cpu", show=False, batch=8, **options)
+
+
+def test_records_say_what_was_measured_and_go_into_the_run_folder(runs):
+    run = load(runs.style)
+    records = evaluate(run, ALL, features=RANDOM, count=20, folder=runs.style, seed=3)
+    assert list(records) == ALL
+    about = {"images": 1000, "weights": "averaged", "real_images": 20, "seed": 3, "resolution": 16}
+    for name, record in records.items():
+        assert about.items() <= record.items()
+        assert read_metrics(runs.style)[name][-1] == record
+    assert records["fid"]["features"] == "random network, not comparable"
+    assert records["fid"]["comparable"] is False and records["fid"]["generated_images"] == 20
+
+
+def test_numbers_are_those_of_the_parts(runs):
+    run = load(runs.residual)
+    records = evaluate(run, ["fid", "mse"], features=RANDOM, count=24)
+    real = run.read([runs.grey])
+    fake = torch.cat([run.decode(z, 0) for z in run.prior(24, 0).split(8)])
+    expected = fid.compare(RANDOM, [real], [fake], ["fid"])["fid"]
+    assert records["fid"]["value"] == pytest.approx(expected, rel=1e-4)
+    error = ((run.reconstruct(real).float() - real.float()) / 255).square().mean().item()
+    assert records["mse"]["value"] == pytest.approx(error, rel=1e-4)
+
+
+def _measure(rank, world, port, path, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    records = evaluate(load(path), ["fid", "precision", "mse"], features=RANDOM, count=24)
+    with open(f"{out}/{rank}.json", "w") as file:
+        json.dump({name: record["value"] for name, record in records.items()}, file)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_share_the_work_and_agree_with_one(runs, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_measure, (2, port, str(runs.residual), str(tmp_path)), nprocs=2)
+    one = evaluate(load(runs.residual), ["fid", "precision", "mse"], features=RANDOM, count=24)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == pytest.approx({name: record["value"] for name, record in one.items()}, rel=1e-4)
+
+
+def test_a_growing_model_is_compared_at_its_level(runs):
+    run = load(runs.growing)
+    shapes = {tuple(images.shape[1:]) for images in RealImages(run, None, 20).pixels()}
+    assert shapes == {(3, 8, 8)}
+    assert evaluate(run, ["fid"], features=RANDOM, count=10)["fid"]["resolution"] == 8
+
+
+def test_other_data_is_scored_and_drawn(runs, tmp_path):
+    run = load(runs.residual)
+    result = detect_others(run, {"dark": runs.dark, "same": runs.grey}, tmp_path / "o", count=10, samples=2)
+    assert json.loads((tmp_path / "o" / "ood.json").read_text()) == result
+    assert result["counts"] == {"training set": 10, "dark": 10, "same": 10}
+    assert set(result["auroc"]["dark"]) == set(likelihood.SCORES)
+    # Fresh draws aside, equal images score equally.
+    assert result["auroc"]["same"]["kl"] == 0.5
+    assert Image.open(tmp_path / "o" / "ood.png").width > 300
+    held_out = detect_others(run, {"dark": runs.dark}, tmp_path / "p", own=runs.grey, count=10, samples=2)
+    assert held_out["own_images"] == "own"
+
+
+def test_bad_input_is_named(runs, tmp_path):
+    run = load(runs.residual)
+    with pytest.raises(ValueError, match="metrics are is, must be some of fid, kid"):
+        evaluate(run, ["is"])
+    with pytest.raises(ValueError, match="count is 1"):
+        evaluate(run, ["fid"], features=RANDOM, count=1)
+    with pytest.raises(ValueError, match="fid need features"):
+        evaluate(run, ["fid"])
+    with pytest.raises(ValueError, match="16x16 images of 3 channels, the model takes 16x16 of 1"):
+        evaluate(run, ["mse"], data=runs.colour)
+    with pytest.raises(ValueError, match="there is no image set at"):
+        evaluate(run, ["mse"], data=tmp_path / "missing")
+    with pytest.raises(ValueError, match="no other image sets"):
+        detect_others(run, {}, tmp_path)
+    with pytest.raises(ValueError, match="batch_norm is 'batch'"):
+        detect_others(load(runs.residual, batch_norm="batch"), {"dark": runs.dark}, tmp_path)

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sivae_fast.checkpoint import CheckpointError
+from sivae_fast.commands.inference import Inference
+from sivae_fast.evaluation.batchnorm import batch_norms
+
+
+def load(path, **options):
+    return Inference.load(path, device="cpu", show=False, **options)
+
+
+def test_batches_do_not_change_what_is_encoded_or_drawn(runs):
+    one, many = load(runs.residual, batch=3), load(runs.residual, batch=64)
+    images = one.read([runs.grey], 10)
+    assert images.shape == (10, 1, 16, 16) and images.dtype == torch.uint8
+    one._encoder_is_ready = many._encoder_is_ready = True  # the same statistics for both
+    torch.testing.assert_close(one.encode(images), many.encode(images))
+    assert torch.equal(one.prior(10, 3), many.prior(10, 3))
+    assert not torch.equal(one.prior(10, 3), one.prior(10, 4))
+
+
+def test_the_three_uses_repeat_for_a_seed(runs):
+    run = load(runs.style)
+    images = run.read([runs.colour], 5)
+    assert torch.equal(run.sample(5, 1), run.sample(5, 1))
+    assert not torch.equal(run.sample(5, 1), run.sample(5, 2))
+    assert torch.equal(run.reconstruct(images), run.decode(run.encode(images)))
+    assert run.sample(5).shape == (5, 3, 16, 16)
+
+
+def test_a_growing_model_works_at_the_level_it_was_saved_at(runs):
+    run = load(runs.growing)
+    assert (run.resolution, run.model.lod) == (8, 1)
+    assert run.sample(2).shape == (2, 3, 8, 8)
+    assert run.reconstruct(run.read([runs.colour], 2)).shape == (2, 3, 8, 8)
+    assert run.described["resolution"] == 8
+
+
+def test_pixels_survive_the_way_into_the_model_and_back(runs):
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    for path, low in ((runs.style, -1.0), (runs.residual, 0.0)):
+        run = load(path)
+        x = run.to_input(pixels)
+        assert (x.min().item(), x.max().item()) == (low, 1.0)
+        assert torch.equal(run.to_pixels(x), pixels)
+
+
+def test_batch_norm_modes_give_what_they_promise(runs):
+    images = load(runs.residual).read([runs.grey], 20)
+    running, own, again = (load(runs.residual, batch_norm=mode) for mode in ("running", "batch", None))
+    assert again.described["batch_norm"] == "recalibrated" and "batch_norm" not in load(runs.style).described
+    before = [layer.running_mean.clone() for layer in batch_norms(running.model)]
+    found = [run.encode(images) for run in (running, own, again)]
+    assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[0], found[2])
+    assert (found[1] - found[2]).norm() < 0.2 * found[1].norm()  # many batches are close to one large one
+    for run, same in ((running, True), (own, True), (again, False)):
+        run.sample(4)
+        after = [layer.running_mean for layer in batch_norms(run.model)]
+        assert all(map(torch.equal, before, after)) is same
+
+
+def test_half_precision_is_close(runs):
+    whole, half = load(runs.style), load(runs.style, precision="bf16")
+    images = whole.read([runs.colour], 4)
+    z = whole.encode(images)
+    assert (half.encode(images) - z).norm() < 0.05 * z.norm()
+    assert half.described["precision"] == "bf16"
+
+
+def test_files_are_read_in_any_mode_and_sizes_that_differ_are_an_error_or_resized(runs, tmp_path):
+    run, grey = load(runs.style), load(runs.residual)
+    wide = tmp_path / "wide.png"
+    Image.fromarray(np.full((16, 32, 4), 200, np.uint8)).save(wide)
+    with pytest.raises(ValueError, match=r"wide.png has 32x16 pixels, the model takes 16x16: give resize"):
+        run.read([wide])
+    assert run.read([wide], resize=True).shape == (1, 3, 16, 16)
+    assert grey.read([wide], resize=True).shape == (1, 1, 16, 16)
+    assert torch.equal(run.read([runs.grey], 1)[:, :1], grey.read([runs.grey], 1))
+    with pytest.raises(ValueError, match="is in colour, the model takes grey images"):
+        grey.read([runs.colour], 1)
+
+
+def test_what_cannot_be_read_is_named(runs, tmp_path):
+    run = load(runs.style)
+    (tmp_path / "torn.png").write_bytes(next(runs.colour.glob("*.png")).read_bytes()[:60])
+    for name, reason in [("torn.png", "no readable picture"), ("missing.png", "does not exist")]:
+        with pytest.raises(ValueError, match=f"{name} cannot be used: it.*{reason}"):
+            run.read([tmp_path / name])
+    with pytest.raises(ValueError, match="no pictures are given"):
+        run.read([])
+    with pytest.raises(CheckpointError, match="holds no checkpoint and no snapshot"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"model.kind is mlp: this takes style and residual models"):
+        load(runs.density)
+
+
+def test_training_images_that_are_gone_are_asked_for(runs, tmp_path):
+    gone = load(runs.residual, data=tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"training images are needed.*give data=PATH"):
+        gone.reconstruct(torch.zeros(1, 1, 16, 16, dtype=torch.uint8))
+    assert gone.sample(2).shape == (2, 1, 16, 16)  # needs no images
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp16"}, "precision is 'fp16', must be one of fp32, bf16"),
+        ({"batch": 0}, "batch is 0"),
+        ({"batch_norm": "eval"}, "batch_norm is 'eval', must be one of running, batch, recalibrated"),
+    ],
+)
+def test_bad_options_are_named(runs, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(runs.residual, **options)

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from PIL import Image
+
+from sivae_fast.commands.inference import Inference
+from sivae_fast.commands.pictures import _between, _layers, _round_trip, interpolate, mix, reconstruct, sample
+
+
+@pytest.fixture(scope="module")
+def style(runs):
+    return Inference.load(runs.style, device="cpu", show=False)
+
+
+@pytest.fixture(scope="module")
+def residual(runs):
+    return Inference.load(runs.residual, device="cpu", show=False)
+
+
+def size(columns, rows, cell=64, gap=2):
+    return (columns * (cell + gap) + gap, rows * (cell + gap) + gap)
+
+
+def test_samples_as_a_grid_and_as_single_files(style, tmp_path):
+    assert Image.open(sample(style, tmp_path / "deep" / "s.png", count=10)).size == size(4, 3)
+    folder = sample(style, tmp_path / "single", count=3)
+    assert [path.name for path in sorted(folder.iterdir())] == ["000000.png", "000001.png", "000002.png"]
+    assert Image.open(folder / "000000.png").size == (16, 16)
+
+
+def test_truncation_pulls_styles_together_and_needs_them(style, residual, tmp_path):
+    close, far = (style.sample(8, truncation=t).float().std(0).mean() for t in (0.0, 1.0))
+    assert close < far
+    with pytest.raises(ValueError, match=r"truncation=0\.5: this model is of kind residual"):
+        sample(residual, tmp_path / "s.png", truncation=0.5)
+
+
+def test_reconstructions_lie_under_their_images_and_are_measured(residual, style, runs, tmp_path):
+    found = reconstruct(residual, tmp_path / "r.png", [runs.grey], count=10, columns=4)
+    assert Image.open(tmp_path / "r.png").size == size(4, 6)
+    images = residual.read([runs.grey], 10)
+    x, y = images.float() / 255, residual.reconstruct(images).float() / 255
+    assert found["mse"] == pytest.approx((x - y).square().mean().item(), rel=1e-5)
+    assert set(found) == {"mse", "psnr", "ssim"}
+    assert reconstruct(style, tmp_path / "t.png", count=2).keys() == {"mse", "psnr", "ssim"}
+
+
+def test_interpolation_begins_and_ends_at_the_pictures(residual, runs, tmp_path):
+    files = sorted(runs.grey.glob("*.png"))
+    interpolate(residual, tmp_path / "i.png", files[:2], steps=3)
+    assert Image.open(tmp_path / "i.png").size == size(3, 1)
+    ends = residual.encode(residual.read(files[:4]))
+    line = _between(ends[:2], 5)
+    assert torch.equal(line[0], ends[0]) and torch.equal(line[-1], ends[1])
+    square = _between(ends, 3).view(3, 3, -1)
+    corners = square[0, 0], square[0, 2], square[2, 0], square[2, 2]
+    torch.testing.assert_close(torch.stack(corners), ends)
+    torch.testing.assert_close(square[1, 1], ends.mean(0))
+
+
+def test_an_animation_visits_every_picture_and_returns(residual, style, runs, tmp_path):
+    files = sorted(runs.grey.glob("*.png"))[:3]
+    path = interpolate(residual, tmp_path / "i.gif", files, steps=4)
+    assert Image.open(path).n_frames == 12
+    ends = torch.randn(3, 5)
+    torch.testing.assert_close(_round_trip(ends, 4)[::4], ends)
+    assert Image.open(interpolate(style, tmp_path / "w.gif", space="w", steps=2)).n_frames == 10
+
+
+def test_interpolation_in_w_is_linear_in_styles(style, runs, tmp_path):
+    z = style.encode(style.read([runs.colour], 2))
+    middle = _between(style.styles(z), 3)[1]
+    torch.testing.assert_close(middle, style.styles(z).mean(0))
+    interpolate(style, tmp_path / "w.png", sorted(runs.colour.glob("*.png"))[:2], space="w")
+    interpolate(style, tmp_path / "z.png", sorted(runs.colour.glob("*.png"))[:2], space="z")
+    assert (tmp_path / "w.png").read_bytes() != (tmp_path / "z.png").read_bytes()
+
+
+def test_mixing_everything_gives_the_source_and_nothing_the_destination(style, runs, tmp_path):
+    path = mix(style, tmp_path / "m.png", count=3, layers="0-5")
+    picture = Image.open(path)
+    assert picture.size == size(4, 4)
+
+    def cell(column, row):
+        return picture.crop((2 + 66 * column, 2 + 66 * row, 66 + 66 * column, 66 + 66 * row)).tobytes()
+
+    # All layers from the source: every row shows the first row again (noise is drawn by position).
+    assert [cell(c, 2) for c in (1, 2, 3)] == [cell(c, 3) for c in (1, 2, 3)]
+    assert cell(1, 1) != cell(2, 1)
+    mix(style, tmp_path / "n.png", layers="fine" if style.model.lod > 3 else "middle", sources=[runs.colour])
+
+
+def test_layers_by_name_and_range():
+    assert _layers("coarse", 14) == (0, 4)
+    assert _layers("fine", 14) == (8, 14)
+    assert _layers("middle", 6) == (4, 6)
+    assert _layers("2-5", 14) == (2, 6)
+    for text in ("fine", "6-7"):
+        with pytest.raises(ValueError, match="this model has layers 0 to 5"):
+            _layers(text, 6)
+    with pytest.raises(ValueError, match=r"must be one of coarse, middle, fine or a range such as 2-5"):
+        _layers("all", 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda run, out, one: interpolate(run, out / "i.png", [one]), "between 2 or 4 pictures, got 1"),
+        (lambda run, out, one: interpolate(run, out / "i.gif", [one]), "give 2 or more, got 1"),
+        (lambda run, out, one: interpolate(run, out / "i.jpg"), r"ending in \.png or \.gif"),
+        (lambda run, out, one: interpolate(run, out / "i.png", steps=1), "steps is 1"),
+        (lambda run, out, one: interpolate(run, out / "i.png", space="x"), "space is 'x'"),
+        (lambda run, out, one: interpolate(run, out / "i.png", space="w"), "styles need style"),
+        (lambda run, out, one: mix(run, out / "m.png"), "styles need style"),
+        (lambda run, out, one: sample(run, out / "s.png", count=0), "count is 0"),
+        (lambda run, out, one: reconstruct(run, out / "folder"), r"ending in \.png"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(residual, runs, tmp_path, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(residual, tmp_path, next(runs.grey.glob("*.png")))
