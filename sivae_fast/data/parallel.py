@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 #: Below this number of items a pool of processes costs more than it saves.
@@ -34,14 +35,17 @@ def ordered(function: Callable, calls: Iterable[tuple], count: int, workers: int
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     ahead: deque = deque()
     with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        for key, *arguments in calls:
-            ahead.append((key, pool.submit(function, *arguments)))
-            if len(ahead) >= 4 * workers:
+        try:
+            for key, *arguments in calls:
+                ahead.append((key, pool.submit(function, *arguments)))
+                if len(ahead) >= 4 * workers:
+                    key, future = ahead.popleft()
+                    yield key, future.result()
+            while ahead:
                 key, future = ahead.popleft()
                 yield key, future.result()
-        while ahead:
-            key, future = ahead.popleft()
-            yield key, future.result()
+        except BrokenProcessPool:
+            raise RuntimeError("a worker process was killed (out of memory?): try fewer workers") from None
 
 
 def progress_bar(total: int, title: str, show: bool, done: int = 0):

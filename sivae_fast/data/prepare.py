@@ -8,13 +8,15 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import PIL
 
-from sivae_fast.data.archive import LABELS, MANIFEST
+from sivae_fast.data.archive import LABELS, MANIFEST, ImageSet
 from sivae_fast.data.convert import FORMATS, Converted, Recipe, convert
 from sivae_fast.data.parallel import cores, locked, ordered, progress_bar
 from sivae_fast.data.sources import Source, open_source
@@ -72,6 +74,8 @@ def prepare(
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     source, dest = Path(source), Path(dest)
+    if source.resolve() in (dest.resolve(), *dest.resolve().parents):
+        raise ValueError(f"{dest} lies inside its source {source}: name a place outside")
     pictures = open_source(source)
     job = {"recipe": asdict(recipe), "source_key": pictures.key}
     if (finished := _finished(dest, job)) is not None:
@@ -83,16 +87,40 @@ def prepare(
             skipped = _convert_all(pictures, writer, recipe, workers or cores(), progress)
             _check_skipped(skipped, pictures, allow_bad, source, place)
             manifest = _describe(writer.done, pictures, recipe, source, skipped)
-            _finish(writer, pictures, recipe, manifest)
+            _write_lists(writer, pictures, recipe, manifest)
+            writer.finish()
         except OSError as error:
+            kept = len(writer.done.keys() - {LABELS, MANIFEST})
             raise OSError(
                 error.errno,
-                f"{error.strerror or error} while writing {place}; {len(writer.done)} finished images are "
-                f"kept there: make room and run the same command again, or delete {place}",
+                f"{error.strerror} while writing to {place}, where {kept} finished images are kept: "
+                f"make room and run the same command again, or delete that folder",
             ) from error
-        writer.publish(dest)
+        finally:
+            with contextlib.suppress(OSError):
+                writer.close()
+        os.rename(writer.path, dest)
     log.info("%s: %d images, %d files skipped", dest, manifest.images, len(skipped))
     return manifest
+
+
+def check_set(path: str | os.PathLike, *, progress: bool = True) -> None:
+    """Reads every image of a set and compares it with the manifest; ValueError names the damaged ones."""
+    images = ImageSet(path, any_size=True)
+    expected = (images.manifest or {}).get("crc32", {})
+    damaged = []
+    with progress_bar(len(images), "check", progress) as bar:
+        for index, name in enumerate(images.names):
+            try:
+                images.decode(index)
+                if name in expected and zlib.crc32(images.read(index)) != int(expected[name], 16):
+                    damaged.append(f"{name} (not the file that was prepared)")
+            except ValueError as error:
+                damaged.append(str(error))
+            bar.update()
+    if damaged:
+        listed = "; ".join(damaged[:10])
+        raise ValueError(f"{len(damaged)} of {len(images)} images of {path} are damaged: {listed}")
 
 
 def _convert_all(
@@ -160,11 +188,13 @@ def _describe(
         skipped=skipped,
         checksum=hashlib.sha256(lines.encode()).hexdigest(),
         crc32=sums,
-        versions={"pillow": PIL.__version__},
+        versions={"sivae-fast": version("sivae-fast"), "pillow": PIL.__version__},
     )
 
 
-def _finish(writer: FolderWriter | ZipWriter, pictures: Source, recipe: Recipe, manifest: Manifest) -> None:
+def _write_lists(
+    writer: FolderWriter | ZipWriter, pictures: Source, recipe: Recipe, manifest: Manifest
+) -> None:
     labels = [
         [stored_name(i, recipe), pictures.labels[name]]
         for i, name in enumerate(pictures.names)
@@ -175,15 +205,12 @@ def _finish(writer: FolderWriter | ZipWriter, pictures: Source, recipe: Recipe, 
     elif labels:
         log.warning("labels left out: only %d of %d images have one", len(labels), manifest.images)
     writer.add(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
-    writer.close()
 
 
 def _finished(dest: Path, job: dict) -> Manifest | None:
     """The manifest of `dest` where it is a finished set of this job, None where nothing is there."""
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
         return None
-    from sivae_fast.data.archive import ImageSet
-
     with contextlib.suppress(ValueError):
         found = ImageSet(dest, any_size=True).manifest
         if found and all(found.get(k) == v for k, v in job.items()):

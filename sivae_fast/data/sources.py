@@ -41,7 +41,7 @@ class Files(Source):
         self.others = [n for n in names if not is_image_name(n)]
         self.labels = self._labels()
         listing = "".join(f"{n}\0{files.size(n)}\n" for n in self.names)
-        self.key = hashlib.sha256(listing.encode()).hexdigest()
+        self.key = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
 
     def items(self, skip: set[int]) -> Iterator[tuple[int, bytes | OSError]]:
         for index, name in enumerate(self.names):

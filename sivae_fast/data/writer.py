@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import struct
-import zipfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 
 class FolderWriter:
@@ -17,7 +17,9 @@ class FolderWriter:
         path.mkdir(parents=True, exist_ok=True)
         self.done: dict[str, int] = {}
         for file in path.rglob("*"):
-            if file.is_file() and file.suffix != ".tmp":
+            if file.suffix == ".tmp":
+                file.unlink()
+            elif file.is_file():
                 self.done[file.relative_to(path).as_posix()] = zlib.crc32(file.read_bytes())
 
     def add(self, name: str, data: bytes) -> None:
@@ -28,64 +30,98 @@ class FolderWriter:
         os.replace(temporary, file)
         self.done[name] = zlib.crc32(data)
 
+    def finish(self) -> None:
+        """Everything is on the disk when this returns."""
+        os.sync()
+
     def close(self) -> None:
         pass
 
-    def publish(self, dest: Path) -> None:
-        for leftover in self.path.rglob("*.tmp"):
-            leftover.unlink()
-        os.sync()
-        os.rename(self.path, dest)
+
+class Member(NamedTuple):
+    name: str
+    crc: int
+    size: int
+    offset: int
 
 
 class ZipWriter:
-    """A set as a zip of stored files; `done` maps the members that are there already to their CRC-32."""
+    """A set as a zip of stored files; `done` maps the members that are there already to their CRC-32.
+
+    The file holds nothing but complete members until `finish` adds the directory, so what an interrupted run
+    left can be read back and continued. All dates are 1 January 1980: equal contents are equal files. Beyond
+    4 GiB or 65,535 members the directory is in the zip64 form (APPNOTE.TXT 4.3.14 to 4.3.16, 4.5.3).
+    """
 
     def __init__(self, path: Path):
         self.path = path
         path.touch()
         self._file = open(path, "r+b")  # noqa: SIM115 - closed by close()
-        members, end = recover(self._file)
-        self._file.truncate(end)
-        self._file.seek(end)
-        self._zip = zipfile.ZipFile(self._file, "w")
-        self._zip.filelist.extend(members)
-        self._zip.NameToInfo.update({m.filename: m for m in members})
-        self.done = {m.filename: m.CRC for m in members}
+        self._members = _complete_members(self._file)
+        self._file.truncate(self._file.tell())
+        self.done = {member.name: member.crc for member in self._members}
 
     def add(self, name: str, data: bytes) -> None:
-        # A fixed date keeps the bytes of the whole file a function of its content.
-        member = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-        member.external_attr = 0o644 << 16
-        self._zip.writestr(member, data)
-        self.done[name] = member.CRC
+        member = Member(name, zlib.crc32(data), len(data), self._file.tell())
+        if self.done.get(name) == member.crc:
+            return
+        self._file.write(_LOCAL.pack(b"PK\3\4", *_fields(member), len(name.encode()), 0) + name.encode())
+        self._file.write(data)
+        self._members.append(member)
+        self.done[name] = member.crc
 
-    def close(self) -> None:
-        self._zip.close()
+    def finish(self) -> None:
+        """Everything is on the disk and readable as a zip when this returns."""
+        start = self._file.tell()
+        for member in self._members:
+            large = member.offset >= _LARGE
+            extra = struct.pack("<HHQ", 1, 8, member.offset) if large else b""
+            offset = _LARGE if large else member.offset
+            name = member.name.encode()
+            self._file.write(
+                _CENTRAL.pack(
+                    b"PK\1\2", 45, *_fields(member), len(name), len(extra), 0, 0, 0, 0o644 << 16, offset
+                )
+                + name
+                + extra
+            )
+        count, size, end = len(self._members), self._file.tell() - start, self._file.tell()
+        if count >= 0xFFFF or end >= _LARGE:
+            self._file.write(
+                struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
+            )
+            self._file.write(struct.pack("<4sIQI", b"PK\6\7", 0, end, 1))
+        count, start = min(count, 0xFFFF), min(start, _LARGE)
+        self._file.write(struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, count, count, size, start, 0))
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
         self._file.close()
 
-    def publish(self, dest: Path) -> None:
-        os.replace(self.path, dest)
+
+_LARGE = 0xFFFFFFFF
+_JANUARY_1980 = 1 << 5 | 1
+_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 
 
-def recover(file) -> tuple[list[zipfile.ZipInfo], int]:
-    """The complete members of a zip that was never finished, and where the last one ends."""
-    members, end = [], 0
+def _fields(member: Member) -> tuple[int, ...]:
+    """Version needed, flags (names are UTF-8), method (stored), time, date, CRC-32, both sizes."""
+    return 45, 0x800, 0, 0, _JANUARY_1980, member.crc, member.size, member.size
+
+
+def _complete_members(file) -> list[Member]:
+    """The members at the start of the file that are whole; leaves the file's position behind them."""
+    members = []
     while True:
-        file.seek(end)
-        header = file.read(30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            return members, end
-        crc, stored, size, name_length, extra_length = struct.unpack("<14xIIIHH", header)
-        name = file.read(name_length)
-        file.seek(extra_length, os.SEEK_CUR)
-        data = file.read(stored)
-        if len(data) < stored or stored != size or zlib.crc32(data) != crc:
-            return members, end
-        member = zipfile.ZipInfo(name.decode(), (1980, 1, 1, 0, 0, 0))
-        member.external_attr = 0o644 << 16
-        member.CRC, member.compress_size, member.file_size, member.header_offset = crc, stored, size, end
-        members.append(member)
-        end = file.tell()
+        offset = file.tell()
+        header = file.read(_LOCAL.size)
+        if len(header) == _LOCAL.size and header[:4] == b"PK\3\4":
+            *_, crc, size, _, name_length, _ = _LOCAL.unpack(header)
+            name, data = file.read(name_length), file.read(size)
+            if len(data) == size and zlib.crc32(data) == crc:
+                members.append(Member(name.decode(), crc, size, offset))
+                continue
+        file.seek(offset)
+        return members

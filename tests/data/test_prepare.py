@@ -1,0 +1,318 @@
+"""From any folder, zip or tar to an image set: complete or not there at all."""
+
+import errno
+import io
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+from image_files import encoded, picture, write_folder, write_zip
+
+from sivae_fast.data import prepare as prepare_module
+from sivae_fast.data.archive import ImageSet
+from sivae_fast.data.parallel import locked
+from sivae_fast.data.prepare import check_set, prepare
+from sivae_fast.data.writer import FolderWriter, ZipWriter
+
+QUIET = {"resolution": 16, "progress": False, "workers": 1}
+
+
+def pictures(count=8):
+    return {f"{'ab'[i % 2]}/{i}.png": encoded(picture(i, 20 + i, 24)) for i in range(count)}
+
+
+def everything(path):
+    """Name to bytes of a finished set, folder or zip."""
+    if path.is_dir():
+        return {f.relative_to(path).as_posix(): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+@pytest.mark.parametrize("source", ["folder", "zip", "tar", "tar.gz"])
+def test_every_source_to_every_destination(tmp_path, source, dest):
+    files = dict(sorted(pictures().items()))
+    path = tmp_path / f"in.{source}"
+    {"folder": write_folder, "zip": write_zip}.get(source, write_tar)(path, files)
+    manifest = prepare(path, tmp_path / dest, **QUIET)
+    images = ImageSet(tmp_path / dest)
+    assert (len(images), images.resolution, images.channels) == (8, 16, 3)
+    assert images.names[0] == "00000/img00000000.png"
+    assert images.manifest == json.loads(json.dumps(manifest.__dict__))
+    reference = prepare(write_folder(tmp_path / "same", files), tmp_path / "same.zip", **QUIET)
+    assert manifest.checksum == reference.checksum
+    assert not list(tmp_path.glob("*.partial"))
+    check_set(tmp_path / dest, progress=False)
+
+
+def test_the_manifest_says_how_it_was_made_and_where_nothing(tmp_path):
+    source = write_folder(tmp_path / "in", pictures() | {"torn.jpg": encoded(picture(0), "jpeg")[:-100]})
+    manifest = prepare(source, tmp_path / "out.zip", filter="box", allow_bad=0.2, **QUIET)
+    assert manifest.recipe["filter"] == "box"
+    assert (manifest.images, manifest.channels, manifest.source) == (8, 3, "in")
+    assert [name for name, _ in manifest.skipped] == ["torn.jpg"]
+    assert set(manifest.versions) == {"sivae-fast", "pillow"}
+    assert str(tmp_path) not in json.dumps(manifest.__dict__)
+    names = zipfile.ZipFile(tmp_path / "out.zip").namelist()
+    assert names[-1] == "manifest.json"
+
+
+def test_equal_inputs_give_equal_files_whatever_the_number_of_workers(tmp_path):
+    source = write_folder(tmp_path / "in", pictures(40))
+    prepare(source, tmp_path / "one.zip", **QUIET)
+    prepare(source, tmp_path / "two.zip", **QUIET | {"workers": 2})
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+
+
+def test_labels_follow_their_pictures(tmp_path):
+    files = pictures(4)
+    labels = json.dumps({"labels": [[name, int(name[2])] for name in files]}).encode()
+    torn = {"a/0.png": files["a/0.png"][:40]}
+    source = write_folder(tmp_path / "in", files | {"dataset.json": labels} | torn)
+    prepare(source, tmp_path / "out", allow_bad=0.5, **QUIET)
+    assert ImageSet(tmp_path / "out").labels.tolist() == [2, 1, 3]
+
+
+def test_text_and_torn_files_are_named_counted_and_skipped(tmp_path, caplog):
+    bad = {"notes.txt": b"hello", "b/torn.jpg": encoded(picture(0, 64, 64), "jpeg")[:-300], "c.png": b"text"}
+    source = write_folder(tmp_path / "in", pictures(200) | bad)
+    with pytest.raises(ValueError, match=r"3 of 203 files .*\(1\.5%\).*more than allow_bad = 0\.01") as error:
+        prepare(source, tmp_path / "out.zip", **QUIET | {"resolution": 4})
+    assert all(name in str(error.value) for name in bad)
+    assert not (tmp_path / "out.zip").exists()
+    with caplog.at_level(logging.INFO):
+        manifest = prepare(source, tmp_path / "out.zip", allow_bad=0.02, **QUIET | {"resolution": 4})
+    assert {name for name, _ in manifest.skipped} == set(bad)
+    assert "200 images, 3 files skipped" in caplog.text
+    assert len(ImageSet(tmp_path / "out.zip")) == 200
+
+
+def test_below_one_per_cent_needs_no_flag(tmp_path):
+    source = write_folder(tmp_path / "in", pictures(120) | {"notes.txt": b"hello"})
+    assert prepare(source, tmp_path / "out.zip", **QUIET | {"resolution": 4}).images == 120
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, dest, after):
+    source, dest = write_folder(tmp_path / "in", pictures()), tmp_path / dest
+    converted = []
+
+    def convert(data, recipe, interrupt):
+        if len(converted) == interrupt:
+            raise KeyboardInterrupt
+        converted.append(data)
+        return original(data, recipe)
+
+    original = prepare_module.convert
+    monkeypatch.setattr(prepare_module, "convert", lambda d, r: convert(d, r, after))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, dest, **QUIET)
+    assert not dest.exists()
+    with pytest.raises(ValueError, match=r"no image set at .*is an unfinished one: run the same"):
+        ImageSet(dest)
+    monkeypatch.setattr(prepare_module, "convert", lambda d, r: convert(d, r, -1))
+    prepare(source, dest, **QUIET)
+    assert len(converted) == len(set(converted)) == 8
+    prepare(source, tmp_path / f"whole{dest.suffix}", **QUIET)
+    assert everything(dest) == everything(tmp_path / f"whole{dest.suffix}")
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+def test_a_killed_run_goes_on(tmp_path, dest):
+    source, dest = write_folder(tmp_path / "in", pictures()), tmp_path / dest
+    program = (
+        "import os, signal; from sivae_fast.data import prepare as p; one = p.convert\n"
+        "def convert(data, recipe):\n"
+        "    convert.n = getattr(convert, 'n', 0) + 1\n"
+        "    if convert.n == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return one(data, recipe)\n"
+        f"p.convert = convert; p.prepare({str(source)!r}, {str(dest)!r}, resolution=16, workers=1)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not dest.exists()
+    prepare(source, dest, **QUIET)
+    prepare(source, tmp_path / f"whole{dest.suffix}", **QUIET)
+    assert everything(dest) == everything(tmp_path / f"whole{dest.suffix}")
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, dest):
+    """The limit on file sizes stands in for a full disk: writes fail in the middle of an image."""
+    source, dest = write_folder(tmp_path / "in", pictures()), tmp_path / dest
+    limit = 5000 if dest.suffix else 700
+    program = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY}))\n"
+        "from sivae_fast.data.prepare import prepare\n"
+        f"prepare({str(source)!r}, {str(dest)!r}, resolution=16, workers=1, progress=False)"
+    )
+    run = subprocess.run([sys.executable, "-B", "-c", program], capture_output=True, text=True)
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert "File too large while writing to" in last and "run the same command again" in last
+    assert "Exception ignored" not in run.stderr
+    assert not dest.exists()
+    prepare(source, dest, **QUIET)
+    prepare(source, tmp_path / f"whole{dest.suffix}", **QUIET)
+    assert everything(dest) == everything(tmp_path / f"whole{dest.suffix}")
+
+
+def test_a_full_disk_while_the_lists_are_written(tmp_path, monkeypatch):
+    source = write_folder(tmp_path / "in", pictures())
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ZipWriter, "finish", full)
+        with pytest.raises(OSError, match=r"No space left on device .*8 finished images"):
+            prepare(source, tmp_path / "out.zip", **QUIET)
+    assert not (tmp_path / "out.zip").exists()
+    prepare(source, tmp_path / "out.zip", **QUIET)
+    assert len(everything(tmp_path / "out.zip")) == 9
+
+
+def test_another_recipe_or_source_starts_over(tmp_path, monkeypatch):
+    source = write_folder(tmp_path / "in", pictures())
+    with monkeypatch.context() as patch:
+        patch.setattr(ZipWriter, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, tmp_path / "out.zip", **QUIET)
+    prepare(source, tmp_path / "out.zip", **QUIET | {"resolution": 8})
+    assert ImageSet(tmp_path / "out.zip").resolution == 8
+
+
+def test_the_same_command_again_changes_nothing_and_another_is_refused(tmp_path):
+    source = write_folder(tmp_path / "in", pictures())
+    first = prepare(source, tmp_path / "out.zip", **QUIET)
+    before = os.stat(tmp_path / "out.zip").st_mtime_ns
+    assert prepare(source, tmp_path / "out.zip", **QUIET) == first
+    assert os.stat(tmp_path / "out.zip").st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"out\.zip exists and was not made from this source by this recipe"):
+        prepare(source, tmp_path / "out.zip", **QUIET | {"filter": "box"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("precious")
+    with pytest.raises(ValueError, match="other exists and was not made"):
+        prepare(source, tmp_path / "other", **QUIET)
+    assert (tmp_path / "other" / "file").read_text() == "precious"
+
+
+def test_two_writers_of_one_set_are_kept_apart(tmp_path):
+    source = write_folder(tmp_path / "in", pictures())
+    (tmp_path / "out.zip.partial").mkdir()
+    with (
+        locked(tmp_path / "out.zip.partial"),
+        pytest.raises(ValueError, match=r"another process is writing .*out\.zip at this moment"),
+    ):
+        prepare(source, tmp_path / "out.zip", **QUIET)
+    prepare(source, tmp_path / "out.zip", **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "there is no source at .*in"),
+        ({}, r"no pictures in .*in \(0 other files\)"),
+        ({"a.txt": b"x", "b.csv": b"y"}, r"no pictures in .*in \(2 other files\)"),
+        ({"a.png": b"x", "b.csv": b"y"}, "none of the 2 files in .* is a readable picture"),
+        ({"a.png": encoded(picture(0)), "dataset.json": b"[1]"}, r"dataset\.json .* holds no list"),
+    ],
+)
+def test_sources_that_are_none(tmp_path, files, message):
+    if files is not None:
+        (tmp_path / "in").mkdir()
+        write_folder(tmp_path / "in", files)
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "in", tmp_path / "out.zip", **QUIET)
+
+
+def test_a_file_that_is_no_archive(tmp_path):
+    (tmp_path / "in.zip").write_text("text")
+    with pytest.raises(ValueError, match=r"in\.zip is neither a folder nor a zip or tar file"):
+        prepare(tmp_path / "in.zip", tmp_path / "out.zip", **QUIET)
+
+
+def test_bad_options_are_named(tmp_path):
+    source = write_folder(tmp_path / "in", pictures(2))
+    for options, message in (
+        ({"allow_bad": 1.5}, r"allow_bad must lie in 0 \.\.\. 1, got 1\.5"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"resolution": 48}, "resolution must be a power of two from 4 to 4096, got 48"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(source, tmp_path / "out.zip", **QUIET | options)
+    with pytest.raises(ValueError, match="out lies inside its source"):
+        prepare(source, source / "out", **QUIET)
+
+
+def test_damage_after_the_fact_is_found(tmp_path):
+    source = write_folder(tmp_path / "in", pictures())
+    prepare(source, tmp_path / "out", **QUIET)
+    victim = tmp_path / "out" / "00000" / "img00000003.png"
+    victim.write_bytes(encoded(picture(99)))
+    with pytest.raises(ValueError, match=r"1 of 8 images of .*out are damaged: 00000/img00000003\.png"):
+        check_set(tmp_path / "out", progress=False)
+
+
+def test_a_zip_of_more_than_65535_members(tmp_path):
+    writer = ZipWriter(tmp_path / "many.zip")
+    for i in range(66000):
+        writer.add(f"{i}.png", b"%d" % i)
+    writer.finish()
+    writer.close()
+    with zipfile.ZipFile(tmp_path / "many.zip") as archive:
+        assert len(archive.namelist()) == 66000
+        assert archive.read("65999.png") == b"65999"
+
+
+def test_a_zip_of_more_than_four_gigabytes(tmp_path):
+    """A hole in the file stands in for the gigabytes."""
+    writer = ZipWriter(tmp_path / "large.zip")
+    writer.add("first.png", b"one")
+    writer._file.seek(2**32 + 5)
+    writer.add("last.png", b"two")
+    writer.finish()
+    writer.close()
+    with zipfile.ZipFile(tmp_path / "large.zip") as archive:
+        assert [archive.read(n) for n in archive.namelist()] == [b"one", b"two"]
+
+
+@pytest.mark.parametrize("cut", [1, 20, 33, 45, 60])
+def test_a_torn_zip_keeps_its_whole_members(tmp_path, cut):
+    writer = ZipWriter(tmp_path / "set.zip")
+    for i in range(3):
+        writer.add(f"{i}.png", b"content %d" % i)
+    writer.close()
+    data = (tmp_path / "set.zip").read_bytes()
+    (tmp_path / "set.zip").write_bytes(data[:-cut])
+    again = ZipWriter(tmp_path / "set.zip")
+    assert list(again.done) == (["0.png", "1.png"] if cut < 45 else ["0.png"])
+    again.close()
+
+
+def test_a_torn_folder_keeps_its_whole_files(tmp_path):
+    writer = FolderWriter(tmp_path / "set")
+    writer.add("a/0.png", b"whole")
+    (tmp_path / "set" / "a" / "1.png.tmp").write_bytes(b"ha")
+    assert list(FolderWriter(tmp_path / "set").done) == ["a/0.png"]
+    assert not list((tmp_path / "set").rglob("*.tmp"))
