@@ -110,10 +110,10 @@ class ImageDataConfig(Section):
     kind: Literal["images"] = "images"
     path: str | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
-    workers: PositiveInt = 2
+    workers: PositiveInt | None = Field(None, description="decoding threads; null: this rank's cores")
     flip: bool = True
     value_range: Literal["symmetric", "unit"] = Field("symmetric", description="[-1, 1] or [0, 1]")
-    cache: Annotated[float, Field(ge=0)] = Field(20.0, description="GiB of images kept on the device")
+    cache_gib: NotNegative | None = Field(None, description="most memory for decoded images; 0: none")
 
 
 class DensityDataConfig(Section):
@@ -241,7 +241,7 @@ class Config(Section):
             kept.pop(free)
         kept["train"].pop("images")
         kept["train"].pop("micro_batch")
-        for name in ("loader", "workers", "cache"):
+        for name in ("loader", "workers", "cache_gib"):
             kept["data"].pop(name, None)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -107,11 +107,13 @@ def _images(config: Config, device: torch.device, show: bool):
     if path is None:
         from sivae_fast.data.quickstart import ensure_quickstart
 
-        path = ensure_quickstart(Path("datasets"))
+        path = ensure_quickstart(Path("datasets"), model.resolution, progress=show)
     data = ImageLoader(
         path,
         seed=config.train.seed,
+        loader=settings.loader,
         workers=settings.workers,
+        cache_gib=settings.cache_gib,
         flip=settings.flip,
         signed=settings.value_range == "symmetric",
         grows=model.kind == "style",
