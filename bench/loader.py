@@ -207,9 +207,8 @@ def main() -> None:
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, row in table.items():
-        print(
-            f"{name:58} {row['images_per_second']:8.0f} images/s {row['images_per_cpu_second']:8.0f} per CPU second"
-        )
+        wall, cpu = row["images_per_second"], row["images_per_cpu_second"]
+        print(f"{name:58} {wall:8.0f} images/s {cpu:8.0f} per CPU second")
     for name, ratio in result["ratios"].items():
         print(f"{name:58} {ratio['wall']:8.2f} times   {ratio['cpu']:9.2f} times")
 

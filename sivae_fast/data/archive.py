@@ -145,7 +145,8 @@ class ImageSet:
                 self._check_header(index, image, self.resolution)
                 if "exif" in image.info:
                     image = ImageOps.exif_transpose(image)
-                pixels = np.asarray(image.convert("RGB" if self.channels == 3 else "L"))
+                mode = "RGB" if self.channels == 3 else "L"
+                pixels = np.asarray(image if image.mode == mode else image.convert(mode))
         except _DECODE_ERRORS as error:
             raise self._corrupt(index, error) from None
         return pixels.reshape(self.resolution, self.resolution, self.channels)
