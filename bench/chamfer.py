@@ -16,6 +16,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -127,11 +128,9 @@ def main(arguments: list[str] | None = None) -> None:
         still = y.detach()
         row = {
             "version": name,
-            "forward_ms": milliseconds(
-                lambda v=version, a=x, b=y.detach(): v(a, b), options.device, options.repeats
-            ),
+            "forward_ms": milliseconds(partial(version, x, still), options.device, options.repeats),
             "forward_backward_ms": milliseconds(
-                lambda v=version, a=x, b=y: step(v, a, b), options.device, options.repeats
+                partial(step, version, x, y), options.device, options.repeats
             ),
             "added_mib": added_mib(version, *shape),
             "relative_error": error,
