@@ -65,3 +65,34 @@ def test_gradient_flows_through_a_frozen_net():
 def test_sizes_are_checked(option):
     with pytest.raises(ValueError, match=f"{option} = 0: must be at least 1"):
         MLPModel(**{option: 0})
+
+
+def test_weights_get_no_gradient_in_a_pass_that_asks_for_the_input_alone(monkeypatch):
+    import sivae_fast.models.mlp as mlp
+
+    products = []
+    original = mlp._weight_gradient
+    monkeypatch.setattr(mlp, "_weight_gradient", lambda g, x: products.append(1) or original(g, x))
+    model = MLPModel(width=8)
+    z = torch.randn(4, 2, requires_grad=True)
+    out = model.decode(z).sum()
+    torch.autograd.grad(out, z, retain_graph=True)
+    assert not products
+    out.backward()
+    assert len(products) == 5
+
+
+def test_second_derivatives_raise():
+    model = MLPModel(width=8)
+    z = torch.randn(4, 2, requires_grad=True)
+    (g,) = torch.autograd.grad(model.decode(z).square().sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def test_compiled_and_autocast_passes_take_the_plain_layers():
+    model, x = MLPModel(width=16), torch.randn(6, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.encode(x).mean.dtype == torch.bfloat16
+    compiled = torch.compile(model.decode, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model.decode(x))
