@@ -1,0 +1,64 @@
+"""Point clouds and image translation train through the same loop as everything else."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sivae_fast.checkpoint import load
+from sivae_fast.config import ConfigError, make_config
+from sivae_fast.training.loop import train
+
+COMMON = {
+    "train": {"images": 48, "batch": 8, "warmup_images": 16},
+    "engine": {"kind": "torch"},
+    "average": {"half_life": 16},
+}
+
+
+@pytest.fixture
+def point_clouds(tmp_path):
+    generator = np.random.default_rng(0)
+    clouds = generator.normal(size=(24, 20, 3)).astype(np.float32)
+    np.save(tmp_path / "clouds.npy", clouds / np.linalg.norm(clouds, axis=2, keepdims=True) / 2)
+    return {
+        "model": {"kind": "pointnet", "points": 20, "latent_size": 4},
+        "objective": {"reconstruction": "chamfer", "beta_rec": 20.0},
+        "data": {"kind": "pointclouds", "path": str(tmp_path / "clouds.npy"), "points": 20},
+    }
+
+
+@pytest.fixture
+def translation():
+    return {
+        "model": {"kind": "two_encoder", "resolution": 16, "class_size": 4, "content_size": 4, "width": 4},
+        "data": {"kind": "factors"},
+    }
+
+
+def run(folder, settings, **overrides):
+    config = {**COMMON, **settings, "run": {"folder": str(folder), "tick": 8, **overrides}}
+    train(make_config(config))
+    return next(folder.glob("00000-*"))
+
+
+@pytest.mark.parametrize("system", ["point_clouds", "translation"])
+def test_trains_and_leaves_a_model(system, request, tmp_path):
+    folder = run(tmp_path / "runs", request.getfixturevalue(system))
+    lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    assert lines[-1]["images"] == 48 and "kl_fake" in lines[-1] and "kl_fake" not in lines[1]
+    assert lines[-1]["rec_real"] < lines[0]["rec_real"]
+    assert len(list((folder / "samples").glob("*.png"))) == 2
+    model = load(folder)
+    z = torch.zeros(2, model.latent_size)
+    assert model.decode(z).shape[0] == 2 and model.images == 48
+
+
+def test_wrong_combinations_are_named(point_clouds, translation, tmp_path):
+    point_clouds["data"]["points"] = 30
+    with pytest.raises(ConfigError, match=r"data\.points=30 and model\.points=20"):
+        run(tmp_path, point_clouds)
+    translation["model"]["channels"] = 1
+    with pytest.raises(ConfigError, match=r"model\.channels=1: the images .* have 3"):
+        run(tmp_path, translation)
