@@ -31,17 +31,14 @@ def render(
     right, up, near = _camera(azimuth, elevation)
     picture = _shadow(cloud, right, up, side, pixels)
     offset, normal = _ball(max(2, round(radius * pixels)))
-    # The nearest ball at a pixel is drawn last.
     column, row = _pixel(cloud, right, up, side, pixels)
     column, row = column[:, None] + offset[:, 0], row[:, None] - offset[:, 1]
     depth = (cloud @ near)[:, None] + normal[:, 2] * radius
     light = 0.45 + 0.6 * (normal @ _LIGHT).clamp(min=0)
     shade = (_colours(cloud)[:, None] * light[None, :, None]).clamp(max=1).flatten(0, 1)
     seen = ((row >= 0) & (row < side) & (column >= 0) & (column < side)).flatten()
-    order = depth.flatten()[seen].argsort(stable=True)
-    pixel = (row * side + column).flatten()[seen][order]
-    nearest = _last(pixel)
-    picture[pixel[nearest]] = shade[seen][order][nearest]
+    drawn, nearest = _nearest((row * side + column).flatten(), depth.flatten(), seen, side**2)
+    picture[drawn] = shade[nearest]
     picture = F.avg_pool2d(picture.T.view(1, 3, side, side), _SMOOTH)[0]
     return (255 * picture).round().to(torch.uint8)
 
@@ -103,9 +100,10 @@ def _shadow(cloud: Tensor, right: Tensor, up: Tensor, side: int, pixels: float) 
     return (1 - dark).reshape(-1, 1).repeat(1, 3)
 
 
-def _last(values: Tensor) -> Tensor:
-    """Positions of the last occurrence of each distinct value."""
-    order = values.argsort(stable=True)
-    ends = torch.ones(len(values), dtype=torch.bool)
-    ends[:-1] = values[order][1:] != values[order][:-1]
-    return order[ends]
+def _nearest(pixel: Tensor, depth: Tensor, seen: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    """Pixels where something is seen and the entry nearest to the camera at each: int64 [k] both."""
+    entry = seen.nonzero().flatten()
+    key = ((depth[entry].double().clamp(-4, 4) + 4) * 2**24).long() << 32 | entry  # one number orders by depth, then entry
+    best = torch.full((pixels,), -1).scatter_reduce_(0, pixel[entry], key, "amax")
+    drawn = (best >= 0).nonzero().flatten()
+    return drawn, best[drawn] & (2**32 - 1)
