@@ -1,4 +1,8 @@
-"""The style-based model of Soft-IntroVAE (Daniel and Tamar, CVPR 2021): an ALAE-like encoder and a StyleGAN decoder."""
+"""The style-based model of Soft-IntroVAE (Daniel and Tamar, CVPR 2021).
+
+The networks are those of ALAE (Pidhorskyi et al., CVPR 2020), the decoder that of StyleGAN (Karras et al.,
+CVPR 2019).
+"""
 
 from __future__ import annotations
 
@@ -50,13 +54,13 @@ class StyleModel(Model):
         super().__init__()
         if resolution < 8 or resolution & (resolution - 1):
             raise ValueError(f"resolution is {resolution}: it has to be a power of two, 8 or more")
-        sizes = dict(
-            channels=channels,
-            start_channels=start_channels,
-            max_channels=max_channels,
-            latent_size=latent_size,
-            mapping_layers=mapping_layers,
-        )
+        sizes = {
+            "channels": channels,
+            "start_channels": start_channels,
+            "max_channels": max_channels,
+            "latent_size": latent_size,
+            "mapping_layers": mapping_layers,
+        }
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}: it has to be 1 or more")
@@ -101,16 +105,23 @@ class StyleModel(Model):
         return Posterior(*self.mapping_tl(w).chunk(2, dim=1))
 
     def decode(
-        self, z: Tensor, stream: Stream | None = None, *, noise: NoiseMode = "sample", truncation: float = 1.0
+        self,
+        z: Tensor,
+        stream: Stream | None = None,
+        *,
+        noise: NoiseMode = "sample",
+        truncation: float = 1.0,
     ) -> Tensor:
         """Images [B, channels, r, r], nominally in [-1, 1], of latents [B, latent_size].
 
-        `noise` is one map a "sample", one for the "batch", the "bump" that the published model has when noise is
-        switched off, or "none". `truncation` below 1 pulls the first 8 layers towards the average style. Draws, in
-        this order: the first noise map, shared by the batch, then the others from coarse to fine.
+        noise: one map a "sample", one for the "batch", the "bump" that the published model has in place of
+            noise when noise is switched off, or "none".
+        truncation: below 1 it pulls the first 8 layers towards the average style.
+
+        Draws, in this order: the first noise map, which the whole batch shares, then the others from coarse
+        to fine. In training mode `dlatent_avg` follows the mean style; each rank sees its own rows alone.
         """
-        stream = stream or _own_stream(z)
-        return self._synthesize(self._styles(self._track(self._map(z))), stream, noise, truncation)
+        return self.synthesize(self._tracked(self.styles(z)), stream, noise=noise, truncation=truncation)
 
     def generate(
         self,
@@ -121,23 +132,26 @@ class StyleModel(Model):
         truncation: float = 1.0,
         mixing: bool | None = None,
     ) -> Tensor:
-        """`decode` with style mixing: with probability `style_mixing`, layers from a random cutoff on, the same for the
-        whole batch, take the style of a second latent. `mixing` None mixes in training mode alone.
+        """`decode` with style mixing: with probability `style_mixing`, layers from a random cutoff on take
+        the style of a second latent; coin and cutoff are the same for the whole batch.
+
+        mixing: None mixes in training mode alone.
 
         Draws, in this order: the coin, the cutoff in 1, ..., 2(lod + 1), the second latent, then as `decode`.
         """
         stream = stream or _own_stream(z)
-        styles = self._styles(self._track(self._map(z)))
+        styles = self._tracked(self.styles(z))
         mixing = self.training if mixing is None else mixing
         if mixing and stream.coin(self.style_mixing):
             cutoff = stream.integer(1, 2 * (self.lod + 1))
-            second = self._styles(self._map(stream.normal(*z.shape, dtype=z.dtype)))
+            second = self.styles(stream.normal(*z.shape, dtype=z.dtype))
             styles = torch.cat([styles[:, :cutoff], second[:, cutoff:]], dim=1)
-        return self._synthesize(styles, stream, noise, truncation)
+        return self.synthesize(styles, stream, noise=noise, truncation=truncation)
 
     def styles(self, z: Tensor) -> Tensor:
-        """Styles [B, 2(lod + 1), latent_size] of latents [B, latent_size], from coarse to fine."""
-        return self._styles(self._map(z))
+        """Styles [B, 2(lod + 1), latent_size] of latents [B, latent_size], coarse to fine: all the same."""
+        w = self.mapping_fl(z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt())
+        return w[:, None].repeat(1, 2 * (self.lod + 1), 1)
 
     def synthesize(
         self,
@@ -148,7 +162,11 @@ class StyleModel(Model):
         truncation: float = 1.0,
     ) -> Tensor:
         """Images of styles [B, 2(lod + 1), latent_size], e.g. mixed ones; options as `decode`."""
-        return self._synthesize(styles, stream or _own_stream(styles), noise, truncation)
+        if truncation != 1:
+            coarse = torch.lerp(self.dlatent_avg, styles[:, :TRUNCATED_LAYERS], truncation)
+            styles = torch.cat([coarse, styles[:, TRUNCATED_LAYERS:]], dim=1)
+        maps = self._noise(len(styles), stream or _own_stream(styles), noise)
+        return self.decoder(styles, maps, self.lod, self._blend if self.fading else None)
 
     def encoder_modules(self) -> Iterable[nn.Module]:
         return [self.encoder, self.mapping_tl]
@@ -165,26 +183,11 @@ class StyleModel(Model):
             for parameter, _ in layer.named_parameters()
         }
 
-    def _map(self, z: Tensor) -> Tensor:
-        """w [B, latent_size] of z, which is scaled to a mean square of 1 first."""
-        return self.mapping_fl(z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt())
-
     @torch.no_grad()
-    def _track(self, w: Tensor) -> Tensor:
+    def _tracked(self, styles: Tensor) -> Tensor:
         if self.training:
-            self.dlatent_avg.lerp_(w.mean(0), 1 - AVERAGE_KEEPS)
-        return w
-
-    def _styles(self, w: Tensor) -> Tensor:
-        """The same w for every style layer in use, [B, 2(lod + 1), latent_size]."""
-        return w[:, None].repeat(1, 2 * (self.lod + 1), 1)
-
-    def _synthesize(self, styles: Tensor, stream: Stream, noise: NoiseMode, truncation: float) -> Tensor:
-        if truncation != 1:
-            coarse = torch.lerp(self.dlatent_avg, styles[:, :TRUNCATED_LAYERS], truncation)
-            styles = torch.cat([coarse, styles[:, TRUNCATED_LAYERS:]], dim=1)
-        maps = self._noise(len(styles), stream, noise)
-        return self.decoder(styles, maps, self.lod, self._blend if self.fading else None)
+            self.dlatent_avg.lerp_(styles[:, 0].mean(0), 1 - AVERAGE_KEEPS)
+        return styles
 
     def _noise(self, count: int, stream: Stream, mode: NoiseMode) -> list[Noise]:
         """What enters the decoder at its two noise points a block, from coarse to fine."""

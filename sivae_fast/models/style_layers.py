@@ -1,12 +1,14 @@
 """The two networks of the style model, as pure functions of tensors over all levels of detail.
 
-A level of detail `lod` works at 4*2^lod pixels. Feature maps and weights are channels-last. Weights are kept at
-working scale: equalised learning rate is a factor for the optimizer (`Equalized.learning_rates`), not a product here.
+A level of detail `lod` works at 4*2^lod pixels. Feature maps and weights are channels-last: on a CPU the
+4x4 convolutions of stride 2 are then the faster form from 16 pixels on, and at most equal below. Weights are
+kept at working scale: equalised learning rate is a factor for the optimizer, not a product here.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -24,7 +26,7 @@ Noise = Tensor | Literal["bump"] | None
 
 
 class Equalized(nn.Module):
-    """A weight drawn from N(0, gain^2/fan_in), perhaps a bias of zeros, and the factors on their learning rate."""
+    """A weight drawn from N(0, gain^2/fan_in), perhaps a bias of zeros, and their learning-rate factors."""
 
     def __init__(
         self, *shape: int, fan_in: int, gain: float = math.sqrt(2), multiplier: float = 1.0, bias: int = 0
@@ -59,34 +61,58 @@ def per_channel(channels: int) -> nn.Parameter:
 
 
 def halve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """3x3 convolution, then 2x2 mean, as one 4x4 convolution of stride 2: equal, borders included, at 4/9 of the cost.
+    """3x3 convolution, then 2x2 mean, as one 4x4 convolution of stride 2.
 
-    The 4x4 kernel is the mean of the four one-pixel shifts of `weight` [out, in, 3, 3].
+    Equal, borders included, at 4/9 of the multiplications. The 4x4 kernel is the mean of the four one-pixel
+    shifts of `weight` [out, in, 3, 3].
     """
     return F.conv2d(x, F.avg_pool2d(weight, 2, 1, 1), bias.flatten(), stride=2, padding=1)
 
 
 def double(x: Tensor, weight: Tensor) -> Tensor:
-    """Nearest x2, then 3x3 convolution, as one 4x4 transposed convolution of stride 2: equal, borders included.
+    """Nearest x2, then 3x3 convolution, as one 4x4 transposed convolution of stride 2.
 
-    `weight` [in, out, 3, 3] is that of the transposed convolution: both spatial axes flipped.
+    Equal, borders included, at 4/9 of the multiplications. `weight` [in, out, 3, 3] is that of the transposed
+    convolution: both spatial axes flipped.
     """
     kernel = F.avg_pool2d(weight, 2, 1, 1, divisor_override=1)
     return F.conv_transpose2d(x, kernel, stride=2, padding=1)
 
 
-def blur(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Depthwise [1,2,1] x [1,2,1] / 16 with zeros outside, plus a bias."""
-    row = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
-    kernel = torch.outer(row, row).expand(x.shape[1], 1, 3, 3)
+def blur_kernel(channels: int) -> Tensor:
+    """[1, 2, 1] x [1, 2, 1] / 16 for every channel, [channels, 1, 3, 3]."""
+    row = torch.tensor([0.25, 0.5, 0.25])
+    return torch.outer(row, row).repeat(channels, 1, 1, 1)
+
+
+def blur(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Depthwise, with zeros outside, plus a bias."""
     return F.conv2d(x, kernel, None if bias is None else bias.flatten(), padding=1, groups=x.shape[1])
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean of every channel of every sample, [B, C, 1, 1]."""
-    return torch.var_mean(
-        x if x.dtype == torch.float64 else x.float(), dim=(2, 3), correction=0, keepdim=True
-    )
+class Moments(torch.autograd.Function):
+    """Biased variance and mean of every channel of every sample: [B, C, H, W] -> twice [B, C, 1, 1].
+
+    They are fp32 or wider. Saves nothing but `x` in its own dtype and goes over it once in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if x.is_cuda:
+            variance, mean = torch.var_mean(wide, dim=(2, 3), correction=0, keepdim=True)
+        else:  # var_mean is not vectorised there: ten times slower than two passes
+            mean = wide.mean(dim=(2, 3), keepdim=True)
+            variance = (wide - mean).square_().mean(dim=(2, 3), keepdim=True)
+        ctx.save_for_backward(x, mean)
+        return variance, mean
+
+    @staticmethod
+    def backward(ctx, grad_variance: Tensor, grad_mean: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        pixels = x.shape[2] * x.shape[3]
+        slope = grad_variance * (2 / pixels)
+        return torch.addcmul(grad_mean / pixels - slope * mean, x, slope).to(x.dtype)
 
 
 def statistics(variance: Tensor, mean: Tensor) -> Tensor:
@@ -116,14 +142,15 @@ class EncoderBlock(nn.Module):
         self.conv_2 = conv3(inputs, outputs)
         self.style_1 = linear(2 * inputs, latent)
         self.style_2 = linear(2 * outputs, latent)
+        self.register_buffer("blur", blur_kernel(inputs), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = lrelu(self.conv_1.conv(x, self.bias_1))
-        variance, mean = moments(x)
+        variance, mean = Moments.apply(x)
         w = self.style_1.linear(statistics(variance, mean))
-        x = blur(normalize(x, variance, mean, ENCODER_NORM_EPS))
+        x = blur(normalize(x, variance, mean, ENCODER_NORM_EPS), self.blur)
         x = lrelu(halve(x, self.conv_2.weight, self.bias_2))
-        variance, mean = moments(x)
+        variance, mean = Moments.apply(x)
         w = w + self.style_2.linear(statistics(variance, mean))
         if not self.last:  # nobody looks at the features of the last block
             x = normalize(x, variance, mean, ENCODER_NORM_EPS)
@@ -162,7 +189,7 @@ class Encoder(nn.Module):
 
 
 def bump(x: Tensor, block: int) -> Tensor:
-    """What the published decoder adds to a map of block `block` in place of noise when noise is switched off."""
+    """What the published decoder adds in block `block` in place of noise when noise is switched off."""
     deviation = math.sqrt(block + 1)
     return (0.8 / math.sqrt(2 * math.pi) * deviation) * torch.exp(-x.square() / (2 * deviation**2))
 
@@ -179,13 +206,14 @@ class DecoderBlock(nn.Module):
         self.bias_2 = per_channel(outputs)
         if index > 0:
             self.conv_1 = Equalized(inputs, outputs, 3, 3, fan_in=9 * inputs)
+            self.register_buffer("blur", blur_kernel(outputs), persistent=False)
         self.style_1 = linear(latent, 2 * outputs, gain=1)
         self.conv_2 = conv3(outputs, outputs)
         self.style_2 = linear(latent, 2 * outputs, gain=1)
 
     def forward(self, x: Tensor, styles: tuple[Tensor, Tensor], noise: tuple[Noise, Noise]) -> Tensor:
         if self.index > 0:
-            x = blur(double(x, self.conv_1.weight), self.bias_1)
+            x = blur(double(x, self.conv_1.weight), self.blur, self.bias_1)
         else:
             x = x + self.bias_1
         x = self._epilogue(x, self.bias_1, self.noise_weight_1, noise[0], self.style_1.linear(styles[0]))
@@ -199,7 +227,7 @@ class DecoderBlock(nn.Module):
         elif noise == "bump":
             x = x + bump(x - bias, self.index)
         x = lrelu(x)
-        variance, mean = moments(x)
+        variance, mean = Moments.apply(x)
         scale, shift = style[:, :, None, None].chunk(2, dim=1)
         scale = (1 + scale) * (variance + DECODER_NORM_EPS).rsqrt()
         return torch.addcmul(shift - mean * scale, x, scale).to(x.dtype)
@@ -222,7 +250,8 @@ class Decoder(nn.Module):
     def forward(self, styles: Tensor, noise: list[Noise], lod: int, blend: Tensor | None) -> Tensor:
         """Styles [B, >= 2(lod + 1), latent] -> images [B, channels, r, r], nominally in [-1, 1], r = 4*2^lod.
 
-        `noise` has two entries a block: a map [B or 1, 1, r_i, r_i], "bump" or None. `blend` as in the encoder.
+        noise: for the two noise points of each block, a map [B or 1, 1, r_i, r_i], "bump" or None.
+        blend: in [0, 1], None for 1.
         """
         x = self.const
         for i in range(lod):
@@ -242,9 +271,7 @@ class Mapping(nn.Module):
 
     def __init__(self, widths: list[int]):
         super().__init__()
-        self.layers = nn.ModuleList(
-            linear(a, b, multiplier=0.1) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(linear(a, b, multiplier=0.1) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -1,8 +1,9 @@
 """The style model's parameters under the names and in the layouts of the published checkpoints.
 
-Published weights are kept in one state dict a network. They differ from `StyleModel.state_dict()` in names, in the
-blur kernels (buffers there, constants here), in the repeated average style, and in the up-sampling convolutions below
-128 pixels, kept there as [out, in, 3, 3] of a plain convolution and here as [in, out, 3, 3] of the transposed one.
+Published weights are kept in one state dict a network. They differ from `StyleModel.state_dict()` in names,
+in the blur kernels (kept there, constants here), in the repeated average style, and in the up-sampling
+convolutions below 128 pixels, kept there as [out, in, 3, 3] of a plain convolution and here as
+[in, out, 3, 3] of the transposed one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def published_name(name: str) -> tuple[str, str]:
 
 
 def swap_layout(name: str, value: Tensor) -> Tensor:
-    """A published tensor (parameter `name`, or an optimizer's state of it) in the model's layout, or the reverse."""
+    """A published tensor (of parameter `name`, or its optimizer state) in our layout, or the reverse."""
     return value.flip(2, 3).transpose(0, 1) if _PLAIN_UP.fullmatch(name) else value
 
 

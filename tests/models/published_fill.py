@@ -15,7 +15,7 @@ def sequence(t: int, *shape: int) -> Tensor:
 
 
 def filled(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict with every tensor replaced by numbers that depend on its place among the sorted names."""
+    """A published state dict with numbers that depend on the place of their name among the sorted names."""
     result = {}
     for t, key in enumerate(sorted(state, key=lambda key: key.encode())):
         value = state[key]
