@@ -103,7 +103,9 @@ def _shadow(cloud: Tensor, right: Tensor, up: Tensor, side: int, pixels: float) 
 def _nearest(pixel: Tensor, depth: Tensor, seen: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
     """Pixels where something is seen and the entry nearest to the camera at each: int64 [k] both."""
     entry = seen.nonzero().flatten()
-    key = ((depth[entry].double().clamp(-4, 4) + 4) * 2**24).long() << 32 | entry  # one number orders by depth, then entry
+    key = (
+        (depth[entry].double().clamp(-4, 4) + 4) * 2**24
+    ).long() << 32 | entry  # one number orders by depth, then entry
     best = torch.full((pixels,), -1).scatter_reduce_(0, pixel[entry], key, "amax")
     drawn = (best >= 0).nonzero().flatten()
     return drawn, best[drawn] & (2**32 - 1)
