@@ -165,7 +165,7 @@ class StyleModel(Model):
         if truncation != 1:
             coarse = torch.lerp(self.dlatent_avg, styles[:, :TRUNCATED_LAYERS], truncation)
             styles = torch.cat([coarse, styles[:, TRUNCATED_LAYERS:]], dim=1)
-        maps = self._noise(len(styles), stream or _own_stream(styles), noise)
+        maps = self._noise(styles, stream, noise)
         return self.decoder(styles, maps, self.lod, self._blend if self.fading else None)
 
     def encoder_modules(self) -> Iterable[nn.Module]:
@@ -189,19 +189,20 @@ class StyleModel(Model):
             self.dlatent_avg.lerp_(styles[:, 0].mean(0), 1 - AVERAGE_KEEPS)
         return styles
 
-    def _noise(self, count: int, stream: Stream, mode: NoiseMode) -> list[Noise]:
+    def _noise(self, styles: Tensor, stream: Stream | None, mode: NoiseMode) -> list[Noise]:
         """What enters the decoder at its two noise points a block, from coarse to fine."""
         if mode in ("bump", "none"):
             return [mode if mode == "bump" else None] * (2 * (self.lod + 1))
         if mode not in ("sample", "batch"):
             raise ValueError(f"noise is {mode!r}: it can be 'sample', 'batch', 'bump' or 'none'")
-        dtype, maps = self.dlatent_avg.dtype, []
+        stream = stream or _own_stream(styles)
+        maps = []
         for i in range(2 * (self.lod + 1)):
             size = 4 << (i // 2)
             if i == 0 or mode == "batch":
-                maps.append(stream.shared_normal(1, 1, size, size, dtype=dtype))
+                maps.append(stream.shared_normal(1, 1, size, size, dtype=styles.dtype))
             else:
-                maps.append(stream.normal(count, 1, size, size, dtype=dtype))
+                maps.append(stream.normal(len(styles), 1, size, size, dtype=styles.dtype))
         return maps
 
 

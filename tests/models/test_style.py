@@ -219,7 +219,7 @@ def test_who_shares_noise():
     for noise in ("batch", "bump", "none"):
         first, second = model.decode(z, stream(), noise=noise)
         torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
-    maps = model._noise(2, stream(), "sample")
+    maps = model._noise(model.styles(z), stream(), "sample")
     assert [len(noise) for noise in maps] == [1, 2, 2, 2, 2, 2]
 
 
@@ -381,7 +381,7 @@ def test_compiles_whole_and_not_again_when_blend_changes():
         for network in (model.encoder, model.decoder)
     ]
     x, styles = sequence(1, 2, 3, 8, 8).float(), sequence(2, 2, 4, 8).float()
-    noise = model._noise(2, stream(), "sample")
+    noise = model._noise(styles, stream(), "sample")
 
     def gradient(networks, blend):
         parameters = [*model.encoder.blocks.parameters(), *model.decoder.blocks.parameters()]
