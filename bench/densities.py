@@ -1,0 +1,251 @@
+"""The paper's first experiment: four densities, VAE, IntroVAE and Soft-IntroVAE, several seeds.
+
+    python bench/densities.py --seeds 5             trains what is missing, writes table and figure
+    python bench/densities.py --only rings/vae      some cells: density, density/objective or .../seed
+    python bench/densities.py --seeds 0             the table and the figure of the cells that are there
+
+A cell is one run of launch/train.py. An interrupted cell goes on where it stopped; a finished one leaves
+`densities/<cell>.json` (scores, facts) and `.npz` (what the figure shows) under bench/results/ and is not
+trained again. Cells train side by side, one thread each; half an hour a cell on one quiet core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sivae_fast.checkpoint import load
+from sivae_fast.config import Config, load_config
+from sivae_fast.data.densities import Density
+from sivae_fast.evaluation import density as measures
+from sivae_fast.evaluation.density_figures import Learned, Row, draw_overview, look_at
+from sivae_fast.files import atomic, write_text
+from sivae_fast.progress import duration
+from sivae_fast.run import Run, read_stats
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "bench" / "results"
+DENSITIES = ("8gaussians", "2spirals", "checkerboard", "rings")
+OBJECTIVES = {"vae": "VAE", "introvae": "IntroVAE", "soft_introvae": "Soft-IntroVAE"}
+SCORES = ("gnelbo", "kl", "jsd", "kl_nats", "jsd_nats")
+# Beside the configs, which hold Soft-IntroVAE's values. VAE: as published by the follow-up on learned priors.
+VAE = {"8gaussians": (0.8, 0.05), "2spirals": (1.0, 0.05), "checkerboard": (0.8, 0.1), "rings": (0.8, 0.05)}
+# IntroVAE has no published values here: chosen by bench/density_grid.py.
+INTROVAE = {"beta_rec": 1.0, "beta_kl": 0.5, "beta_neg": 0.5, "margin": 4.0}
+# glibc gives freed megabytes back to the system and faults them in again at every iteration.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+
+class Cell(NamedTuple):
+    density: str
+    objective: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.density}-{self.objective}-{self.seed}"
+
+    @property
+    def record(self) -> Path:
+        return RESULTS / "densities" / f"{self}.json"
+
+    def overrides(self, runs: Path) -> list[str]:
+        values = {"kind": self.objective}
+        if self.objective == "vae":
+            values |= dict(zip(("beta_rec", "beta_kl"), VAE[self.density], strict=True))
+        elif self.objective == "introvae":
+            values |= INTROVAE
+        objective = [f"objective.{key}={value}" for key, value in values.items()]
+        return [*objective, f"train.seed={self.seed}", f"run.name={self}", f"run.folder={runs}"]
+
+    def config_file(self) -> str:
+        return f"launch/configs/density-{self.density}.yaml"
+
+    def config(self, runs: Path) -> Config:
+        return load_config(REPOSITORY / self.config_file(), self.overrides(runs))
+
+    def folder(self, runs: Path) -> Path | None:
+        config = self.config(runs)
+        return Run.find(config.run.folder, config.run.name, config.identity())
+
+
+def train(cell: Cell, runs: Path) -> None:
+    """Trains or resumes the cell, then measures it. Raises RuntimeError with the end of the log."""
+    command = [sys.executable, "launch/train.py", "--config", cell.config_file(), *cell.overrides(runs)]
+    environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{cell}: {' '.join(command)}\n{done.stderr[-2000:]}")
+    measure(cell, runs)
+
+
+def measure(cell: Cell, runs: Path) -> None:
+    config, folder = cell.config(runs), cell.folder(runs)
+    model, data = load(folder), Density(cell.density)
+    if model.images < config.train.images:
+        return  # stopped by a signal; the same command goes on
+    grid = measures.energy_grid(model, data.half_range)
+    scores = measures.evaluate_density(model, data.sample, data.half_range, seed=cell.seed, grid=grid)
+    ticks = read_stats(folder)
+    iterations = model.images // config.train.batch
+    seconds = sum(tick["step_seconds"] + tick["data_seconds"] for tick in ticks)
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"one thread, {platform.machine()}"
+    )
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    record = {
+        **cell._asdict(),
+        **scores,
+        "objective_settings": config.to_dict()["objective"],
+        "iterations": iterations,
+        "training_seconds": round(seconds, 1),
+        "rec_real": ticks[-1]["rec_real"],
+        "kl_real": ticks[-1]["kl_real"],
+        "device": device,
+        "torch": torch.__version__,
+        "commit": head.stdout.strip(),
+        "command": f"python bench/densities.py --only {cell.density}/{cell.objective}/{cell.seed}",
+    }
+    cell.record.parent.mkdir(parents=True, exist_ok=True)
+    small = look_at(model, data.half_range, points=192)
+    with atomic(cell.record.with_suffix(".npz")) as file:
+        arrays = {name: value.numpy().astype(np.float16) for name, value in small._asdict().items()}
+        np.savez_compressed(file, **arrays)
+    write_text(cell.record, json.dumps(record, indent=1) + "\n")
+
+
+def progress_of(cell: Cell, runs: Path) -> float:
+    if cell.record.exists():
+        return 1.0
+    folder = cell.folder(runs)
+    ticks = read_stats(folder) if folder else []
+    return ticks[-1]["images"] / cell.config(runs).train.images if ticks else 0.0
+
+
+def show_progress(cells: list[Cell], runs: Path, finished: threading.Event) -> None:
+    """Every few seconds: finished cells, cells under way, time left at the pace since the start."""
+    at_start, began = sum(progress_of(cell, runs) for cell in cells), time.monotonic()
+    interactive = sys.stderr.isatty()
+    while not finished.wait(5 if interactive else 60):
+        shares = {cell: progress_of(cell, runs) for cell in cells}
+        gained = sum(shares.values()) - at_start
+        left = (
+            (len(cells) - sum(shares.values())) * (time.monotonic() - began) / gained if gained > 0 else None
+        )
+        under_way = [f"{cell} {100 * share:.0f}%" for cell, share in shares.items() if 0 < share < 1]
+        done = sum(share == 1 for share in shares.values())
+        line = f"{done}/{len(cells)} cells  {'  '.join(under_way)}  {duration(left) if left else '?'} left"
+        print(f"\r\x1b[2K{line}" if interactive else line, end="" if interactive else "\n", file=sys.stderr)
+
+
+def run_cells(cells: list[Cell], runs: Path, jobs: int) -> None:
+    """Trains the missing cells; one that fails is reported at the end and does not stop the others."""
+    finished = threading.Event()
+    watcher = threading.Thread(target=show_progress, args=(cells, runs, finished), daemon=True)
+    watcher.start()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, cell, runs) for cell in cells if not cell.record.exists()]
+    finished.set()
+    watcher.join()
+    errors = [str(future.exception()) for future in futures if future.exception()]
+    if errors:
+        raise SystemExit("\n".join(["", *errors]))
+
+
+def floors() -> dict[str, dict[str, float]]:
+    """Mean scores of the data as its own model, 5 seeds: what no model can be meaningfully better than."""
+    found = {}
+    for name in DENSITIES:
+        data = Density(name)
+        runs = [measures.divergences(data.sample, data.sample, data.half_range, 100 + i) for i in range(5)]
+        found[name] = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+    return found
+
+
+def write_table(path: Path) -> None:
+    """Mean and standard deviation over the seeds that are there, beside the floors."""
+    best = floors()
+    lines = [
+        "gnELBO in units of 1e-8, KL and JSD in the paper's units (KL, JSD: of bin masses in nats). "
+        "Lower is better.",
+        "",
+        "| density | model | seeds | gnELBO | KL | JSD | KL nats | JSD nats |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in DENSITIES:
+        floor = " | ".join(f"{best[name][key]:.3f}" for key in SCORES[1:])
+        lines.append(f"| {name} | the data itself | 5 | - | {floor} |")
+        for objective, title in OBJECTIVES.items():
+            paths = sorted((RESULTS / "densities").glob(f"{name}-{objective}-*.json"))
+            records = [json.loads(path.read_text()) for path in paths]
+            if records:
+                cells = " | ".join(_mean_and_deviation(records, key) for key in SCORES)
+                lines.append(f"| {name} | {title} | {len(records)} | {cells} |")
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def _mean_and_deviation(records: list[dict], key: str) -> str:
+    values = [record[key] * (1e8 if key == "gnelbo" else 1) for record in records]
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def write_figure(path: Path) -> None:
+    """All cells of the lowest seed that is there."""
+    rows = []
+    for name in DENSITIES:
+        data, learned = Density(name), []
+        for objective in OBJECTIVES:
+            files = sorted((RESULTS / "densities").glob(f"{name}-{objective}-*.npz"))
+            arrays = np.load(files[0]) if files else None
+            take = lambda key, arrays=arrays: torch.from_numpy(arrays[key].astype(np.float32))
+            learned.append(Learned(take("samples"), take("energy")) if files else None)
+        rows.append(Row(name, data.half_range, data.sample(1024), learned))
+    draw_overview(path, rows, list(OBJECTIVES.values()))
+
+
+def select(pattern: str | None, seeds: int) -> list[Cell]:
+    """The cells to train. Raises SystemExit for a pattern that names none."""
+    wanted = pattern.split("/") if pattern else []
+    numbers = [int(wanted.pop())] if len(wanted) == 3 else range(seeds)
+    cells = [Cell(d, o, s) for s in numbers for d in DENSITIES for o in OBJECTIVES]
+    chosen = [cell for cell in cells if list(cell[: len(wanted)]) == wanted]
+    if pattern and seeds and not chosen:
+        raise SystemExit(
+            f"--only {pattern}: no such cell; densities are {', '.join(DENSITIES)}, objectives "
+            f"{', '.join(OBJECTIVES)}"
+        )
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="runs of every cell")
+    parser.add_argument("--only", help="density, density/objective or density/objective/seed")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells trained side by side")
+    parser.add_argument("--runs", type=Path, default=REPOSITORY / "runs" / "densities", help="run folders")
+    options = parser.parse_args()
+    run_cells(select(options.only, options.seeds), options.runs.resolve(), max(options.jobs, 1))
+    write_table(RESULTS / "densities.md")
+    write_figure(RESULTS / "densities.png")
+    print(f"wrote {RESULTS / 'densities.md'} and densities.png")
+
+
+if __name__ == "__main__":
+    main()
