@@ -9,6 +9,7 @@ from importlib import import_module
 
 _HOME = {
     "Posterior": "contract",
+    "load": "checkpoint",
     **dict.fromkeys(["IntroVAE", "LinearIntroVAE", "Loss", "SoftIntroVAE", "Term", "VAE"], "objectives"),
 }
 __all__ = [*_HOME]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from sivae_fast.draws import Stream
+from sivae_fast.draws import Rows, Stream
 
 
 class Posterior(NamedTuple):
@@ -45,6 +46,18 @@ class Model(nn.Module):
     def decode_fake(self, z: Tensor, stream: Stream | None = None) -> Tensor:
         """Reconstruction of a fake from latents [B, Z]; the bootstrap variant has a lagged decoder here."""
         return self.decode(z, stream)
+
+    @torch.no_grad()
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """`count` x_hat of the prior, without style mixing; the same latents for the same seed everywhere."""
+        z = torch.randn(count, self.latent_size, generator=torch.Generator().manual_seed(seed))
+        where = next(self.parameters())
+        return self.decode(z.to(where) * self.prior_std, Stream(seed, Rows.all(count), where.device))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, seed: int = 0) -> Tensor:
+        """x_hat of the posterior mean of x [B, ...]; `seed` is for decoders that add noise."""
+        return self.decode(self.encode(x).mean, Stream(seed, Rows.all(len(x)), x.device))
 
     def encoder_modules(self) -> Iterable[nn.Module]:
         """The modules that the encoder phase trains."""

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from plain_residual import Plain
 
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.models.residual import ResidualModel
 from sivae_fast.objectives import SoftIntroVAE
 from sivae_fast.training.step import Step, posterior_surrogate
+from tests.plain_residual import Plain
 
 SMALL = {"resolution": 8, "channels": 3, "widths": (8, 16), "latent_size": 4}
 BATCH = 6

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sivae_fast
 from sivae_fast.checkpoint import CheckpointError
 from sivae_fast.commands.inference import Inference
 from sivae_fast.evaluation.batchnorm import batch_norms
@@ -115,3 +116,13 @@ def test_training_images_that_are_gone_are_asked_for(runs, tmp_path):
 def test_bad_options_are_named(runs, options, message):
     with pytest.raises(ValueError, match=message):
         load(runs.residual, **options)
+
+
+def test_three_lines_of_python_use_a_model(runs):
+    model = sivae_fast.load(runs.style)
+    samples = model.sample(4, seed=1)
+    again = model.reconstruct(samples)
+    assert samples.shape == again.shape == (4, 3, 16, 16)
+    assert torch.equal(samples, model.sample(4, seed=1)) and not torch.equal(samples, model.sample(4, seed=2))
+    assert torch.equal(again, model.reconstruct(samples))  # the decoder's noise repeats, too
+    assert not model.training and model.encode(samples).mean.shape == (4, 8)
