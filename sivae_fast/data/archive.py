@@ -22,10 +22,13 @@ PREPARE_HINT = "run `sivae-fast prepare SOURCE DEST --resolution N` to make a se
 
 
 class Folder:
-    """The files below a folder, sorted by name; hidden files are left out."""
+    """The files below a folder, sorted by name, hidden ones left out; or those named."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, names: list[str] | None = None):
         self.path = path
+        if names is not None:
+            self.names = names
+            return
         found = []
         for root, folders, files in os.walk(path, followlinks=True):
             folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")

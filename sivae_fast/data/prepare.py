@@ -10,7 +10,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +19,8 @@ import PIL
 from sivae_fast.data.archive import LABELS, MANIFEST, ImageSet
 from sivae_fast.data.convert import FORMATS, Converted, Recipe, convert
 from sivae_fast.data.parallel import cores, locked, ordered, progress_bar
-from sivae_fast.data.sources import Source, open_source
+from sivae_fast.data.published import open_source
+from sivae_fast.data.sources import Source
 from sivae_fast.data.writer import FolderWriter, ZipWriter
 
 log = logging.getLogger(__name__)
@@ -46,29 +47,35 @@ def prepare(
     source: str | os.PathLike,
     dest: str | os.PathLike,
     *,
-    resolution: int | None,
+    resolution: int | None = None,
     fit: str = "crop",
     filter: str = "lanczos",
     format: str = "png",
     quality: int = 95,
-    grey: bool = False,
+    grey: bool | None = None,
     background: str = "white",
+    split: str | None = None,
+    hold_out: int | None = None,
     allow_bad: float = 0.01,
     workers: int | None = None,
     progress: bool = True,
 ) -> Manifest:
     """Makes the image set `dest` (a .zip, else a folder) from the folder, zip or tar `source`.
 
-    `resolution` is the side in pixels, a power of two. See convert.Recipe for `fit`, `filter`, `format`,
-    `quality`, `grey` and `background`. Files that are no readable pictures are skipped, listed in the
-    manifest and logged; more than the fraction `allow_bad` of them is an error. An interrupted run goes on
-    where it stopped when called again; `dest` appears only when it is complete. A `dest` made from the same
-    source by the same recipe is left as it is.
+    `resolution` is the side in pixels, a power of two; None keeps the size of a published set that has
+    one. See convert.Recipe for `fit`, `filter`, `format`, `quality` and `background`; `grey` stores one
+    channel, by default where the source is a grey published set. Published sets (published.py) have their
+    own splits, "train" is meant unless `split` is given; of other sources `split` takes "train" or "test"
+    where `hold_out` pictures, the last by name, are the test split.
+
+    Files that are no readable pictures are skipped, listed in the manifest and logged; more than the fraction
+    `allow_bad` of them is an error. An interrupted run goes on where it stopped when called again; `dest`
+    appears only when it is complete. A `dest` made from the same source by the same recipe is left as it is.
 
     Raises ValueError for options that are out of range, a source without pictures, too many bad files, and
     a `dest` that holds something else; OSError where the disk fails, naming what to do.
     """
-    recipe = Recipe(resolution, fit, filter, format, quality, grey, background)
+    recipe = Recipe(resolution, fit, filter, format, quality, bool(grey), background)
     if not 0 <= allow_bad <= 1:
         raise ValueError(f"allow_bad must lie in 0 ... 1, got {allow_bad}")
     if workers is not None and workers < 1:
@@ -76,8 +83,10 @@ def prepare(
     source, dest = Path(source), Path(dest)
     if source.resolve() in (dest.resolve(), *dest.resolve().parents):
         raise ValueError(f"{dest} lies inside its source {source}: name a place outside")
-    pictures = open_source(source)
-    job = {"recipe": asdict(recipe), "source_key": pictures.key}
+    pictures = open_source(source, split, hold_out, resolution)
+    if grey is None:
+        recipe = replace(recipe, grey=pictures.grey)
+    job = {"recipe": asdict(recipe), "source_key": pictures.key, "split": pictures.split}
     if (finished := _finished(dest, job)) is not None:
         log.info("%s is there already, made from %s by the same recipe", dest, source.name)
         return finished
@@ -184,7 +193,7 @@ def _describe(
         recipe=asdict(recipe),
         source=source.name or source.resolve().name,
         source_key=pictures.key,
-        split=None,
+        split=pictures.split,
         skipped=skipped,
         checksum=hashlib.sha256(lines.encode()).hexdigest(),
         crc32=sums,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,17 @@ class Source:
 
     `names` are the items that should be pictures, `others` files that are none. `labels` maps names to
     classes or vectors where the source has them. `key` changes when the content of the source does.
+    `size` is the side of all pictures where they have one, `grey` whether they have one channel, `split`
+    which part of a set they are.
     """
 
     names: list[str]
     others: list[str]
     labels: dict[str, object]
     key: str
+    size: int | None = None
+    grey: bool = False
+    split: str | None = None
 
     def items(self, skip: set[int]) -> Iterator[tuple[int, bytes | np.ndarray | OSError]]:
         """(index into names, content) in order: a file's bytes, uint8 pixels, or the error met in reading."""
@@ -32,12 +36,12 @@ class Source:
 
 
 class Files(Source):
-    """The pictures in a folder, zip or tar."""
+    """The pictures in a folder, zip or tar, those whose names `keep` accepts."""
 
-    def __init__(self, files: Folder | Zip | Tar):
+    def __init__(self, files: Folder | Zip | Tar, keep: Callable[[str], bool] = lambda name: True):
         self._files = files
         names = [n for n in files.names if Path(n).name not in (LABELS, MANIFEST)]
-        self.names = [n for n in names if is_image_name(n)]
+        self.names = [n for n in names if is_image_name(n) and keep(n)]
         self.others = [n for n in names if not is_image_name(n)]
         self.labels = self._labels()
         listing = "".join(f"{n}\0{files.size(n)}\n" for n in self.names)
@@ -79,25 +83,23 @@ class Tar:
         return self._members[name].size
 
     def read(self, name: str) -> bytes:
+        """The bytes of one member. Raises OSError."""
         try:
             return self._tar.extractfile(self._members[name]).read()
         except (tarfile.TarError, EOFError) as error:
             raise OSError(str(error)) from None
 
 
-def open_source(path: Path) -> Source:
-    """The source at `path`. Raises ValueError where there is none or it holds no pictures."""
-    if not path.exists():
-        raise ValueError(f"there is no source at {path}: a folder, zip or tar of pictures is needed")
-    if path.is_dir():
-        files = Folder(path)
-    elif zipfile.is_zipfile(path):
-        files = Zip(path)
-    elif tarfile.is_tarfile(path):
-        files = Tar(path)
-    else:
-        raise ValueError(f"{path} is neither a folder nor a zip or tar file")
-    source = Files(files)
-    if not source.names:
-        raise ValueError(f"no pictures in {path} ({len(source.others)} other files)")
+def part(files: Folder | Zip | Tar, split: str, hold_out: int) -> Files:
+    """The split "test", the last `hold_out` pictures in the order of the names, or "train", the others."""
+    pictures = [name for name in files.names if is_image_name(name)]
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be train or test, got {split!r}")
+    if not 0 < hold_out < len(pictures):
+        raise ValueError(
+            f"hold_out must lie between 0 and the {len(pictures)} pictures of {files.path}, got {hold_out}"
+        )
+    last = set(pictures[-hold_out:])
+    source = Files(files, keep=lambda name: (name in last) == (split == "test"))
+    source.split = split
     return source
