@@ -1,0 +1,266 @@
+"""The command `sivae-fast`: everything in the life of a model but its training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from sivae_fast.checkpoint import CheckpointError
+from sivae_fast.config import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code. Wrong input ends in one line on standard error."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    options = vars(parser().parse_args(arguments))
+    command = options.pop("command")
+    try:
+        command(**options)
+    except (ConfigError, CheckpointError, ImportError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="sivae-fast", description=__doc__)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _add_prepare(commands)
+    _add_check(commands)
+    _add_sample(commands)
+    _add_reconstruct(commands)
+    _add_interpolate(commands)
+    _add_mix(commands)
+    _add_evaluate(commands)
+    _add_report(commands)
+    return top
+
+
+def _command(commands, name: str, function, summary: str) -> argparse.ArgumentParser:
+    added = commands.add_parser(
+        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    added.set_defaults(command=function)
+    return added
+
+
+def _add_prepare(commands) -> None:
+    add = _command(
+        commands, "prepare", _prepare, "Turn pictures or a published archive into an image set, once."
+    ).add_argument
+    add("source", help="folder, zip, tar, or archive of a published set")
+    add("dest", help="NAME.zip, or a folder")
+    add("--resolution", type=int, help="pixels of a side, a power of two")
+    add("--fit", default="crop", help="crop: cut the centre; fit: keep everything, with borders")
+    add("--filter", default="lanczos", help="antialiasing filter")
+    add("--format", default="png", help="png or jpeg")
+    add("--quality", type=int, default=95, help="of jpeg")
+    add("--grey", action="store_true", default=None, help="one channel")
+    add("--background", default="white", help="behind transparent pixels and borders")
+    add("--split", help="train or test, where the source has both or --hold-out is given")
+    add("--hold-out", type=int, help="this many pictures, the last by name, are the test split")
+    add("--allow-bad", type=float, default=0.01, help="share of unreadable files that is skipped")
+    add("--workers", type=int, help="processes (default: the cores)")
+
+
+def _prepare(**options) -> None:
+    from sivae_fast.data.prepare import prepare
+
+    prepare(**options)
+
+
+def _add_check(commands) -> None:
+    add = _command(commands, "check", _check, "Read every image of a set and name the damaged ones.")
+    add.add_argument("path", help="a set made by `prepare`")
+
+
+def _check(path: str) -> None:
+    from sivae_fast.data.prepare import check_set
+
+    check_set(path)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", help="run folder, checkpoint or snapshot")
+    add("--raw", action="store_true", help="the weights of the optimizer, not their average")
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--precision", default="fp32", help="fp32 or bf16")
+    add("--batch", type=int, default=64, help="images in one pass")
+    add("--batch-norm", help="running, batch or recalibrated, for models that have batch norm")
+    add("--data", help="the training images, where they are not where the run found them")
+    add("--seed", type=int, default=0)
+
+
+def _load(model, raw, device, precision, batch, batch_norm, data):
+    from sivae_fast.commands.inference import Inference
+
+    return Inference.load(
+        model,
+        averaged=not raw,
+        device=device,
+        precision=precision,
+        batch=batch,
+        batch_norm=batch_norm,
+        data=data,
+    )
+
+
+def _split(options: dict):
+    """(the loaded model, the options that are left for the command)."""
+    names = ("model", "raw", "device", "precision", "batch", "batch_norm", "data")
+    return _load(*(options.pop(name) for name in names)), options
+
+
+def _add_sample(commands) -> None:
+    command = _command(commands, "sample", _sample, "Pictures of prior samples.")
+    _add_model(command)
+    command.add_argument("--out", default="samples.png", help="a .png grid, or a folder of single pictures")
+    command.add_argument("--count", type=int, default=64)
+    command.add_argument("--columns", type=int)
+    command.add_argument("--truncation", type=float, default=1.0, help="below 1: closer to the average style")
+
+
+def _sample(**options) -> None:
+    from sivae_fast.commands.pictures import sample
+
+    run, options = _split(options)
+    print(sample(run, **options))
+
+
+def _add_reconstruct(commands) -> None:
+    command = _command(commands, "reconstruct", _reconstruct, "Pictures above their reconstructions.")
+    _add_model(command)
+    command.add_argument("pictures", nargs="*", help="files (default: training images)")
+    command.add_argument("--out", default="reconstructions.png")
+    command.add_argument("--count", type=int, default=16)
+    command.add_argument("--columns", type=int, default=8)
+    command.add_argument("--resize", action="store_true", help="accept pictures of another size")
+
+
+def _reconstruct(**options) -> None:
+    from sivae_fast.commands.pictures import reconstruct
+
+    run, options = _split(options)
+    print(json.dumps(reconstruct(run, **options)))
+
+
+def _add_interpolate(commands) -> None:
+    command = _command(commands, "interpolate", _interpolate, "Pictures between pictures, or an animation.")
+    _add_model(command)
+    command.add_argument("pictures", nargs="*", help="files (default: samples)")
+    command.add_argument("--out", default="interpolation.png", help=".png or .gif")
+    command.add_argument("--steps", type=int, default=7)
+    command.add_argument("--space", default="z", help="z, or w of style models")
+    command.add_argument("--milliseconds", type=int, default=60, help="of one picture of an animation")
+    command.add_argument("--resize", action="store_true", help="accept pictures of another size")
+
+
+def _interpolate(**options) -> None:
+    from sivae_fast.commands.pictures import interpolate
+
+    run, options = _split(options)
+    print(interpolate(run, **options))
+
+
+def _add_mix(commands) -> None:
+    command = _command(commands, "mix", _mix, "A grid of mixed styles.")
+    _add_model(command)
+    command.add_argument("--out", default="mix.png")
+    command.add_argument("--layers", default="coarse", help="coarse, middle, fine, or a range such as 2-5")
+    command.add_argument("--sources", nargs="*", default=(), help="files (default: samples)")
+    command.add_argument("--destinations", nargs="*", default=(), help="files (default: samples)")
+    command.add_argument("--count", type=int, default=6)
+    command.add_argument("--resize", action="store_true", help="accept pictures of another size")
+
+
+def _mix(**options) -> None:
+    from sivae_fast.commands.pictures import mix
+
+    run, options = _split(options)
+    print(mix(run, **options))
+
+
+def _add_evaluate(commands) -> None:
+    command = _command(commands, "evaluate", _evaluate, "Measure a model; results go into its run folder.")
+    _add_model(command)
+    command.add_argument("--metrics", nargs="+", help="e.g. fid kid precision recall mse psnr ssim lpips")
+    command.add_argument("--features", default="inception", help="network of fid and its kin")
+    command.add_argument("--weights", help="file or folder of the networks' weights")
+    command.add_argument("--count", type=int, default=50_000, help="images")
+    command.add_argument("--ood", nargs="+", metavar="SET", help="image sets to be told from the model's own")
+    command.add_argument("--own", help="held-out images of the model's kind, for --ood")
+    command.add_argument("--out", help="folder of the results of --ood (default: the run folder)")
+
+
+def _evaluate(metrics, features, weights, count, ood, own, out, **options) -> None:
+    folder = Path(options["model"]) if Path(options["model"]).is_dir() else None
+    if _kind_of(options["model"]) == "density":
+        results = _evaluate_density(options["model"], options["raw"], options["seed"], folder)
+    elif ood:
+        from sivae_fast.commands.evaluate import detect_others
+
+        seed = options.pop("seed")
+        run, _ = _split(options)
+        others = {Path(path).stem: path for path in ood}
+        results = detect_others(run, others, out or folder or ".", own=own, count=count, seed=seed)
+    else:
+        results = _evaluate_images(metrics, features, weights, count, folder, options)
+    print(json.dumps(results, indent=1))
+
+
+def _evaluate_images(metrics, features, weights, count, folder, options) -> dict:
+    from sivae_fast.commands.evaluate import evaluate
+    from sivae_fast.evaluation import fid
+    from sivae_fast.evaluation.features import load_features
+
+    metrics, data, seed = metrics or ["fid"], options["data"], options.pop("seed")
+    run, _ = _split(options)
+    network = load_features(features, weights, run.device) if set(metrics) & set(fid.METRICS) else None
+    return evaluate(
+        run, metrics, features=network, count=count, seed=seed, data=data, weights=weights, folder=folder
+    )
+
+
+def _evaluate_density(path: str, raw: bool, seed: int, folder: Path | None) -> dict:
+    from sivae_fast.checkpoint import load
+    from sivae_fast.data.densities import Density
+    from sivae_fast.evaluation.density import evaluate_density
+    from sivae_fast.run import append_metric
+
+    model = load(path, averaged=not raw)
+    density = Density(model.config.data.name)
+    scores = evaluate_density(model, density.sample, density.half_range, seed)
+    if folder:
+        for name, value in scores.items():
+            append_metric(folder, name, {"images": model.images, "value": value, "seed": seed})
+    return scores
+
+
+def _kind_of(path: str) -> str:
+    from sivae_fast.checkpoint import load
+
+    return load(path).config.data.kind
+
+
+def _add_report(commands) -> None:
+    command = _command(commands, "report", _report, "One page about a run, to be opened in a browser.")
+    command.add_argument("folder", help="run folder")
+    command.add_argument("--out", help="HTML file (default: report.html in the run folder)")
+    command.add_argument("--pictures", type=int, default=8, help="sample grids that are shown")
+
+
+def _report(**options) -> None:
+    from sivae_fast.commands.report import report
+
+    print(report(**options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
