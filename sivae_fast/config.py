@@ -93,7 +93,8 @@ class ObjectiveConfig(Section):
     """What encoder and decoder minimise; see docs/losses.md."""
 
     kind: Literal["vae", "introvae", "soft_introvae"] = "soft_introvae"
-    reconstruction: Literal["sse", "l1", "huber", "bce", "bce_logits", "chamfer"] = "sse"
+    reconstruction: Literal["sse", "l1", "huber", "bce", "bce_logits", "chamfer", "perceptual"] = "sse"
+    perceptual_weights: str | None = Field(None, description="file with the weights of torchvision's VGG16")
     beta_rec: NotNegative = 1.0
     beta_kl: NotNegative = 1.0
     beta_neg: NotNegative | tuple[NotNegative, ...] = 256.0
@@ -221,6 +222,12 @@ class Config(Section):
             raise ValueError("train.fresh_draws=true needs train.schedule=published")
         if self.objective.kind == "introvae" and self.objective.margin is None:
             raise ValueError("objective.margin is missing, objective.kind=introvae needs a positive number")
+        if (self.objective.reconstruction == "perceptual") != (self.objective.perceptual_weights is not None):
+            raise ValueError(
+                f"objective.reconstruction={self.objective.reconstruction} and "
+                f"objective.perceptual_weights={self.objective.perceptual_weights}: perceptual needs the file "
+                "of VGG16's weights, the others have none"
+            )
         if self.growth.images_per_level and self.model.kind != "style":
             raise ValueError(
                 f"growth.images_per_level={self.growth.images_per_level} needs model.kind=style, "

@@ -33,7 +33,7 @@ def make_objective(config: Config, input_shape: tuple[int, ...]):
         "beta_kl": settings.beta_kl,
         "prior_std": getattr(config.model, "prior_std", 1.0),
     }
-    if settings.reconstruction != "chamfer":
+    if settings.reconstruction not in ("chamfer", "perceptual"):
         common["reconstruction"] = settings.reconstruction
     beta_neg = settings.beta_neg if isinstance(settings.beta_neg, (int, float)) else settings.beta_neg[0]
     if settings.kind == "vae":
@@ -50,11 +50,16 @@ def make_objective(config: Config, input_shape: tuple[int, ...]):
 
 def error_function(config: Config):
     """Per-sample error of (target, prediction) for reconstructions that the fused objective does not have."""
-    if config.objective.reconstruction != "chamfer":
-        return None
-    from sivae_fast.kernels.chamfer import chamfer
+    kind = config.objective.reconstruction
+    if kind == "chamfer":
+        from sivae_fast.kernels.chamfer import chamfer
 
-    return chamfer
+        return chamfer
+    if kind == "perceptual":
+        from sivae_fast.models.perceptual import PerceptualError
+
+        return PerceptualError(config.objective.perceptual_weights)
+    return None
 
 
 def make_data(config: Config, device: torch.device, *, show: bool = True):

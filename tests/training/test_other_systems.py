@@ -55,6 +55,15 @@ def test_trains_and_leaves_a_model(system, request, tmp_path):
     assert model.decode(z).shape[0] == 2 and model.images == 48
 
 
+def test_perceptual_error_needs_its_weights(translation, tmp_path):
+    translation["objective"] = {"reconstruction": "perceptual"}
+    with pytest.raises(ConfigError, match="perceptual needs the file of VGG16's weights"):
+        make_config(translation)
+    translation["objective"]["perceptual_weights"] = str(tmp_path / "none.pth")
+    with pytest.raises(ValueError, match=r"none\.pth: cannot be read as VGG16 weights"):
+        run(tmp_path, translation)
+
+
 def test_wrong_combinations_are_named(point_clouds, translation, tmp_path):
     point_clouds["data"]["points"] = 30
     with pytest.raises(ConfigError, match=r"data\.points=30 and model\.points=20"):
