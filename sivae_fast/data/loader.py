@@ -74,7 +74,8 @@ class ImageLoader:
     `workers` are its threads, by default the rank's share of the cores, at most 8. `cache_gib` is the most
     memory that decoded images may take on `device` (None: a share of what is free; 0: none); a set that does
     not fit is decoded again every epoch. `signed` maps pixels to [-1, 1], else to [0, 1]; `flip` mirrors
-    images at random; `grows` False is for models of one size: any square images, no levels of detail.
+    images at random, `shift` and `hue` are the largest random displacement (of the side) and turn of the hue
+    (of the circle); `grows` False is for models of one size: any square images, no levels of detail.
 
     Raises ValueError for options out of range and for sets that cannot be trained on (see ImageSet).
     """
@@ -90,16 +91,24 @@ class ImageLoader:
         cache_gib: float | None = None,
         flip: bool = True,
         signed: bool = True,
+        shift: float = 0.0,
+        hue: float = 0.0,
         grows: bool = True,
     ):
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         if cache_gib is not None and cache_gib < 0:
             raise ValueError(f"cache_gib must be 0 or more, got {cache_gib}")
+        for name, value in (("shift", shift), ("hue", hue)):
+            if not 0 <= value <= 0.5:
+                raise ValueError(f"{name} must lie in 0 ... 0.5, got {value}")
         kind = choose_loader(loader)
         self.images = ImageSet(path, any_size=not grows)
         self.device = torch.device(device)
-        self.flip, self.signed, self.grows = flip, signed, grows
+        if hue and self.images.channels == 1:
+            raise ValueError(f"hue={hue} needs colour images, {path} is grey")
+        self.signed, self.grows = signed, grows
+        self._random = {"flip": flip, "shift": shift, "hue": hue}
         side = self.images.resolution
         self.input_shape = (self.images.channels, side, side)
         self._sampler = Sampler(len(self.images), seed)
@@ -120,11 +129,8 @@ class ImageLoader:
 
     def to_input(self, batch: Tensor, draws: Draws, lod: int, blend: float) -> Tensor:
         """What the model encodes: float32 [B, C, r, r] on draws.device, r = 4 * 2^lod (pixels.to_input)."""
-        resolution = 4 << lod if self.grows else None
-        blend = blend if self.grows else 1.0
-        return pixels.to_input(
-            batch, draws, resolution=resolution, blend=blend, flip=self.flip, signed=self.signed
-        )
+        level = {"resolution": 4 << lod, "blend": blend} if self.grows else {}
+        return pixels.to_input(batch, draws, signed=self.signed, **level, **self._random)
 
     def fixed(self, count: int) -> Tensor:
         """The same `count` images in every run, at full size: float32 [count, C, R, R] on the device."""

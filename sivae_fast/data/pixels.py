@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sivae_fast.data import augment
 from sivae_fast.draws import Draws
 
 
@@ -17,6 +18,8 @@ def to_input(
     blend: float = 1.0,
     flip: bool = True,
     signed: bool = True,
+    shift: float = 0.0,
+    hue: float = 0.0,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """A batch as the model sees it: float32 [B, C, r, r] in channels-last memory.
@@ -24,11 +27,22 @@ def to_input(
     `batch` is uint8 [B, R, R, C]. Each image is mirrored with probability 1/2 where `flip` (draws named
     "data"), brought to `resolution` r = R / 2^k by exact 2x2 means, and mapped to [-1, 1] (x / 127.5 - 1)
     where `signed`, else to [0, 1]. While a level is faded in, the result is blend * x + (1 - blend) *
-    nearest2(mean2(x)). `draws` None leaves out the mirroring. The device is that of `draws` unless given.
+    nearest2(mean2(x)). Before all that, each image moves by up to `shift` of its side both ways (whole
+    pixels, white borders) and turns its hue by up to `hue` of the circle, each with its own uniform
+    numbers (draws named "data/augment"). `draws` None leaves out what is random. The device is that of
+    `draws` unless given.
     """
     if device is None:
         device = batch.device if draws is None else draws.device
-    x = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
+    batch = batch.to(device, non_blocking=True)
+    augmented = draws is not None and (shift > 0 or hue > 0)
+    if augmented:
+        numbers = 2 * draws.stream("data/augment").uniform(len(batch), 3) - 1
+        down, right = (numbers[:, :2] * shift * batch.shape[1]).round().long().unbind(1)
+        batch = augment.shift_pixels(batch, down, right)
+    x = batch.permute(0, 3, 1, 2).float()
+    if augmented and hue > 0:
+        x = augment.shift_hue(x / 255, hue * numbers[:, 2]) * 255
     size = x.shape[-1]
     if resolution is not None and resolution != size:
         factor, rest = divmod(size, resolution)
