@@ -225,8 +225,8 @@ class Config(Section):
         if (self.objective.reconstruction == "perceptual") != (self.objective.perceptual_weights is not None):
             raise ValueError(
                 f"objective.reconstruction={self.objective.reconstruction} and "
-                f"objective.perceptual_weights={self.objective.perceptual_weights}: perceptual needs the file "
-                "of VGG16's weights, the others have none"
+                f"objective.perceptual_weights={self.objective.perceptual_weights}: perceptual needs "
+                "the file of VGG16's weights, the others have none"
             )
         if self.growth.images_per_level and self.model.kind != "style":
             raise ValueError(
