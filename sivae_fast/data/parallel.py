@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import multiprocessing
 import os
@@ -34,7 +35,7 @@ def ordered(function: Callable, calls: Iterable[tuple], count: int, workers: int
     # Forked workers need no guarded main module and share what is imported already.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     ahead: deque = deque()
-    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         try:
             for key, *arguments in calls:
                 ahead.append((key, pool.submit(function, *arguments)))
@@ -46,6 +47,14 @@ def ordered(function: Callable, calls: Iterable[tuple], count: int, workers: int
                 yield key, future.result()
         except BrokenProcessPool:
             raise RuntimeError("a worker process was killed (out of memory?): try fewer workers") from None
+
+
+def _start_worker() -> None:
+    """Leaves Ctrl-C to the parent, and does not outlive it: an orphan would keep the parent's locks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def progress_bar(total: int, title: str, show: bool, done: int = 0):

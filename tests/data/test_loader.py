@@ -96,6 +96,22 @@ def test_dali_decodes_what_pillow_decodes(tmp_path, stored):
         assert torch.equal(ours, theirs)
 
 
+@needs_dali
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+@pytest.mark.parametrize("cache_gib", [0, None])
+def test_decoding_on_the_gpu(tmp_path, kind, cache_gib):
+    """Another JPEG decoder: the same pixels up to rounding. PNG is lossless."""
+    files = {f"{i}.{kind}": encoded(picture(i, 64, 64), kind) for i in range(20)}
+    path = write_folder(tmp_path / "set", files)
+    batch_at = lambda n: 8 if n < 40 else 30
+    ours = take(path, 8, batch_at, loader="torch", cache_gib=cache_gib)
+    theirs = take(path, 8, batch_at, loader="dali", cache_gib=cache_gib, device="cuda")
+    assert {b.device.type for b in theirs} == {"cuda"}
+    difference = (torch.cat(ours).float() - torch.cat(theirs).cpu().float()).abs()
+    assert difference.mean() <= (0 if kind == "png" else 1)
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("cache_gib", [0, None])
 def test_a_corrupt_image_is_named_at_training_time(tmp_path, loader, cache_gib):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 
 import pytest
@@ -153,6 +154,33 @@ def test_a_killed_run_goes_on(tmp_path, dest):
     prepare(source, dest, **QUIET)
     prepare(source, tmp_path / f"whole{dest.suffix}", **QUIET)
     assert everything(dest) == everything(tmp_path / f"whole{dest.suffix}")
+
+
+def test_killing_a_run_with_workers_leaves_no_process_that_holds_the_place(tmp_path):
+    source = write_folder(tmp_path / "in", pictures(300))
+    program = (
+        "import time; from sivae_fast.data import convert as c, prepare as p; one = c.convert\n"
+        "p.convert = lambda data, recipe: time.sleep(0.01) or one(data, recipe)\n"
+        f"p.prepare({str(source)!r}, {str(tmp_path / 'out.zip')!r}, resolution=16, workers=2, progress=False)"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program])
+    written = tmp_path / "out.zip.partial" / "images"
+    while not written.exists() or not written.stat().st_size:
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            with locked(written.parent, wait=False):
+                break
+        except BlockingIOError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    prepare(source, tmp_path / "out.zip", **QUIET)
+    prepare(source, tmp_path / "whole.zip", **QUIET)
+    assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
 
 
 @pytest.mark.parametrize("dest", ["out.zip", "out"])
