@@ -1,7 +1,7 @@
 """The losses in plain PyTorch: definition, CPU path, test oracle and bench baseline in one.
 
-Every function takes any float dtype. It computes in float32, in float64 where an input is float64, and returns
-that dtype. Arguments are not checked here; the public functions beside this file do that.
+Every function takes any float dtype. It computes in float32, in float64 where an input is float64, and
+returns that dtype. Arguments are not checked here; the public functions beside this file do that.
 
 Per sample, summed over all of its elements:
     r  reconstruction error between target x and prediction y
@@ -22,9 +22,9 @@ RECONSTRUCTIONS = ("sse", "l1", "huber", "bce", "bce_logits")
 
 
 class Member(IntEnum):
-    """What a phase makes of a source's u = a r + b k; p and q are the other two weights of its row."""
+    """What a phase makes of a source's u = a r + b k, with the weights p and q."""
 
-    LINEAR = 0  # mean of u
+    LINEAR = 0  # mean of u; its p and q must be 0
     EXPONENTIAL = 1  # mean of p exp(-q u)
     HINGE = 2  # mean of p max(q - u, 0)
     BATCH_HINGE = 3  # p max(q - mean of u, 0)
@@ -59,7 +59,12 @@ def element_errors(target: Tensor, prediction: Tensor, kind: str, huber_delta: f
         errors = -(target * log_y + (1 - target) * log_rest)
     else:
         errors = prediction.clamp(min=0) - prediction * target + prediction.abs().neg().exp().log1p()
-    return errors.where((target >= 0) & (target <= 1), torch.nan)
+    return inside_unit(target, errors)
+
+
+def inside_unit(target: Tensor, value: Tensor) -> Tensor:
+    """`value`, NaN where the target of a binary cross-entropy is no probability."""
+    return value.where((target >= 0) & (target <= 1), torch.nan)
 
 
 def reconstruction_error(
@@ -84,7 +89,8 @@ def gaussian_kl(
 ) -> Tensor:
     """k [B] of mean and logvar [B, ...]; the prior broadcasts against them.
 
-    k = 1/2 sum( exp(logvar - prior_logvar) + (mean - prior_mean)^2 / exp(prior_logvar) - 1 - (logvar - prior_logvar) )
+    With t = logvar - prior_logvar:
+    k = 1/2 sum( exp(t) + (mean - prior_mean)^2 exp(-prior_logvar) - 1 - t )
     """
     dtype = compute_dtype(mean, logvar)
     logvar = clamp_logvar(logvar.to(dtype), bounds)
@@ -106,17 +112,18 @@ def reparameterize(
 def member_value(member: Member, u: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """(share of the loss, 0-dim; statistic per sample [B]) of one source.
 
-    The exponent is never positive: a u below 0, which only rounding produces, counts as 0.
+    The exponent is never positive: a u below 0, which only rounding produces, counts as 0 with the slope of
+    0.
     """
     if member == Member.EXPONENTIAL:
-        statistic = (-q * u.clamp(min=0)).exp()
+        statistic = (-q * (u + (-u).relu().detach())).exp()
         return p * statistic.mean(), statistic
     if member == Member.LINEAR:
-        return u.mean(), u
-    statistic = (q - u).clamp(min=0)
+        return u.mean(), torch.ones_like(u)
+    statistic = (q - u).relu()
     if member == Member.HINGE:
         return p * statistic.mean(), statistic
-    return p * (q - u.mean()).clamp(min=0), statistic
+    return p * (q - u.mean()).relu(), statistic
 
 
 def phase(
@@ -128,14 +135,15 @@ def phase(
     prior_std: float = 1.0,
     bounds: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, 0-dim; statistics [B, sources, 3]: r, k and the member's statistic) of one phase.
+    """(loss, 0-dim; statistics [3, sources, B]: r, k and the member's statistic) of one phase.
 
-    weights [sources, 4] holds a, b, p, q of each source. r or k is 0 where a source has no such part.
+    weights [4, sources] holds a, b, p, q of each source. r or k is 0 where a source has no such part.
+    The member's statistic is exp(-q u), max(q - u, 0), or 1 for a linear source.
     """
     dtype = compute_dtype(*(tensor for source in sources for tensor in source))
     prior_logvar = 2 * torch.tensor(prior_std, dtype=torch.float64).log().to(dtype)
     shares, columns = [], []
-    for source, member, row in zip(sources, members, weights.to(dtype), strict=True):
+    for source, member, row in zip(sources, members, weights.to(dtype).unbind(1), strict=True):
         a, b, p, q = row
         r, k = source.error, None
         if source.target is not None:
@@ -146,5 +154,5 @@ def phase(
         k = torch.zeros_like(r) if k is None else k.to(dtype)
         share, statistic = member_value(member, a * r + b * k, p, q)
         shares.append(share)
-        columns.append(torch.stack([r, k, statistic], dim=1).detach())
+        columns.append(torch.stack([r, k, statistic]).detach())
     return torch.stack(shares).sum(), torch.stack(columns, dim=1)

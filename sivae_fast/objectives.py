@@ -2,18 +2,20 @@
 
     objective = SoftIntroVAE(beta_rec=1.0, beta_kl=1.0, beta_neg=512.0, scale=1 / (3 * 256 * 256))
     real = Term(x, rec, posterior)
-    loss, statistics = objective.encoder(real, Term(rec, rec_rec, posterior_rec), Term(fake, rec_fake, posterior_fake))
+    rec_term, fake_term = Term(rec, rec_rec, posterior_rec), Term(fake, rec_fake, posterior_fake)
+    loss, statistics = objective.encoder(real, rec_term, fake_term)
     loss.backward()
 
-With r the reconstruction error and k the KL of one sample, each summed over its elements, and the fake sources
-j = rec, fake of weights w_j (1/2 each):
+With r the reconstruction error and k the KL of one sample, each summed over its elements, and the fake
+sources j = rec, fake of weights w_j (1/2 each):
 
     encoder phase   mean c (beta_rec r + beta_kl k)  +  sum_j w_j mean Phi(r_j, k_j)
     decoder phase   c ( beta_rec mean r + sum_j w_j (beta_kl mean k_j + gamma_r beta_rec mean r_j) )
     VAE phase       mean beta_rec r + beta_kl k
 
-An objective decides c and Phi. Its weights may be changed at any time, `objective.beta_neg = 1024.0`: they live in
-buffers on the device, so that neither a compiled step nor a captured CUDA graph has to be made again.
+An objective decides c and Phi. Its weights may be changed at any time, `objective.beta_neg = 1024.0`: they
+live in buffers on the device, so that neither a compiled step nor a captured CUDA graph has to be made
+again.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ class Objective(nn.Module):
     fakes: weight of each fake source by name, in the order in which the phases take them; they sum to 1.
 
     Gradients flow to every tensor of a term that requires them: the caller detaches what is to be detached.
-    Statistics: `rec_<source>` and `kl_<source>` for the source "real" and every fake source of a phase, where the
-    term has that part, and in the encoder phase `exp_elbo_<source>` or `hinge_<source>`.
+    Statistics: `rec_<source>` and `kl_<source>` for the source "real" and every fake source of a phase,
+    where the term has that part, and in the encoder phase `exp_elbo_<source>` or `hinge_<source>`.
     """
 
     #: False: the VAE phase is all there is, no fake passes needed.
@@ -96,7 +98,7 @@ class Objective(nn.Module):
         for name, value in weights.items():
             super().__setattr__(name, self._checked(name, value))
         for name, rows in self._tables().items():
-            self.register_buffer(f"_{name}_table", torch.tensor(rows, dtype=torch.float64), persistent=False)
+            self.register_buffer(f"_{name}_table", _columns(rows, torch.float64), persistent=False)
 
     def vae(self, real: Term) -> Loss:
         """Both networks' loss while the model is an ordinary VAE. Not multiplied by `scale`."""
@@ -122,9 +124,9 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def _decoder_rows(self, c: float) -> list[list[float]]:
-        real = [c * self.beta_rec, 0.0, 1.0, 0.0]
+        real = [c * self.beta_rec, 0.0, 0.0, 0.0]
         part = c * self.gamma_r * self.beta_rec
-        return [real, *[[w * part, w * c * self.beta_kl, 1.0, 0.0] for w in self.fakes.values()]]
+        return [real, *[[w * part, w * c * self.beta_kl, 0.0, 0.0] for w in self.fakes.values()]]
 
     def _terms(self, real: Term, fakes: Sequence[Term], named: Mapping[str, Term]) -> dict[str, Term]:
         terms = {"real": real, **dict(zip(self.fakes, fakes, strict=False)), **named}
@@ -139,16 +141,23 @@ class Objective(nn.Module):
         ]
         table = self._table(name, next(tensor.device for tensor in sources[0] if tensor is not None))
         loss, columns = phase(
-            sources, members, table, self.reconstruction, self.huber_delta, self.prior_std, self.logvar_clamp
+            sources,
+            members,
+            table,
+            self.reconstruction,
+            self.huber_delta,
+            self.prior_std,
+            self.logvar_clamp,
+            [*terms],
         )
-        statistics = {}
+        statistics, columns, count = {}, columns.flatten(0, 1).unbind(), len(terms)
         for i, (name, term) in enumerate(terms.items()):
             if term.error is not None or term.target is not None:
-                statistics[f"rec_{name}"] = columns[:, i, 0]
+                statistics[f"rec_{name}"] = columns[i]
             if term.posterior is not None:
-                statistics[f"kl_{name}"] = columns[:, i, 1]
+                statistics[f"kl_{name}"] = columns[count + i]
             if statistic and i:
-                statistics[f"{statistic}_{name}"] = columns[:, i, 2]
+                statistics[f"{statistic}_{name}"] = columns[2 * count + i]
         return Loss(loss, statistics)
 
     def _table(self, name: str, device: torch.device) -> Tensor:
@@ -167,7 +176,7 @@ class Objective(nn.Module):
             table = getattr(self, f"_{phase_name}_table")
             for i, row in enumerate(rows):
                 for j, entry in enumerate(row):
-                    table[i, j].fill_(entry)  # one small launch an entry, no transfer, no sync
+                    table[j, i].fill_(entry)  # one small launch an entry, no transfer, no sync
 
     def _apply(self, fn, recurse: bool = True):
         """Tables follow the module's device but never its dtype: float64 on the CPU, float32 elsewhere."""
@@ -175,7 +184,7 @@ class Objective(nn.Module):
         for name, rows in self._tables().items():
             device = getattr(self, f"_{name}_table").device
             dtype = torch.float64 if device.type == "cpu" else torch.float32
-            setattr(self, f"_{name}_table", torch.tensor(rows, dtype=dtype, device=device))
+            setattr(self, f"_{name}_table", _columns(rows, dtype).to(device))
         return self
 
 
@@ -198,7 +207,7 @@ class VAE(Objective):
     decoder = encoder
 
     def _tables(self):
-        return {"vae": [[self.beta_rec, self.beta_kl, 1.0, 0.0]]}
+        return {"vae": [[self.beta_rec, self.beta_kl, 0.0, 0.0]]}
 
 
 class SoftIntroVAE(Objective):
@@ -207,7 +216,8 @@ class SoftIntroVAE(Objective):
 
     scale: positive, 1 / (number of values of one input) in the paper; the style-based model uses 5e-6.
     alpha: positive, 2 in the paper.
-    gamma_r: weight of the decoder's reconstruction of fakes; 1e-8 in the published code. The bootstrap variant
+    gamma_r: weight of the decoder's reconstruction of fakes; 1e-8 in the published code. The bootstrap
+    variant
         takes up to 1 and detaches nothing in its terms.
     Raising beta_neg weakens the push against fakes; it is the first thing to raise when a run diverges.
     Further options: see `Objective`.
@@ -236,10 +246,10 @@ class SoftIntroVAE(Objective):
 
     def _tables(self):
         c, alpha = self.scale, self.alpha
-        real = [c * self.beta_rec, c * self.beta_kl, 1.0, 0.0]
+        real = [c * self.beta_rec, c * self.beta_kl, 0.0, 0.0]
         fakes = [[self.beta_rec, self.beta_neg, w / alpha, alpha * c] for w in self.fakes.values()]
         return {
-            "vae": [[self.beta_rec, self.beta_kl, 1.0, 0.0]],
+            "vae": [[self.beta_rec, self.beta_kl, 0.0, 0.0]],
             "encoder": [real, *fakes],
             "decoder": self._decoder_rows(c),
         }
@@ -251,7 +261,8 @@ class IntroVAE(Objective):
     margin: not negative, in nats.
     hinge: "sample" takes the hinge of each sample's KL; "batch" that of the batch mean of the KL, as the
         released code of the paper does.
-    The paper's alpha is beta_neg / 2 and its beta is beta_rec, at beta_kl = 1. Further options: see `Objective`.
+    The paper's alpha is beta_neg / 2 and its beta is beta_rec, at beta_kl = 1. Further options: see
+    `Objective`.
     """
 
     _statistic = "hinge"
@@ -273,7 +284,7 @@ class IntroVAE(Objective):
         super().__init__(beta_rec=beta_rec, beta_kl=beta_kl, beta_neg=beta_neg, margin=margin, **options)
 
     def _tables(self):
-        real = [self.beta_rec, self.beta_kl, 1.0, 0.0]
+        real = [self.beta_rec, self.beta_kl, 0.0, 0.0]
         push = self.beta_kl * self.beta_neg
         fakes = [[0.0, 1.0, w * push, self.margin] for w in self.fakes.values()]
         return {"vae": [real], "encoder": [real, *fakes], "decoder": self._decoder_rows(1.0)}
@@ -291,9 +302,13 @@ class LinearIntroVAE(Objective):
         super().__init__(beta_rec=beta_rec, beta_kl=beta_kl, beta_neg=beta_neg, **options)
 
     def _tables(self):
-        real = [self.beta_rec, self.beta_kl, 1.0, 0.0]
-        fakes = [[0.0, -w * self.beta_neg, 1.0, 0.0] for w in self.fakes.values()]
+        real = [self.beta_rec, self.beta_kl, 0.0, 0.0]
+        fakes = [[0.0, -w * self.beta_neg, 0.0, 0.0] for w in self.fakes.values()]
         return {"vae": [real], "encoder": [real, *fakes], "decoder": self._decoder_rows(1.0)}
+
+
+def _columns(rows: list[list[float]], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(rows, dtype=dtype).t().contiguous()
 
 
 def _number(name: str, value: float) -> float:

@@ -1,0 +1,135 @@
+"""A loss with its gradient as two operators that torch.compile does not look into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_LIBRARY = torch.library.Library("sivae_fast", "FRAGMENT")
+
+
+class FusedOperator:
+    """sivae_fast::<name> and sivae_fast::<name>_backward, functional, on every device.
+
+    forward(tensors, constants, plan, numbers, kind) -> outputs
+        tensors receive gradients, constants do not; the first `differentiable` outputs have gradients, the
+        others are statistics or what the backward pass needs.
+    backward(upstream, tensors, constants, outputs, needs, plan, numbers, kind) -> gradients
+        upstream: gradients by the differentiable outputs that have one, `needs` marks first which of them
+        do and then which tensors want a gradient; `outputs` are those without gradients. Returns the wanted
+        gradients.
+    fake and backward_fake are the same without data, for tracing.
+
+    Registered without torch.library.custom_op, whose wrapper takes twice the time a call on the CPU.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        forward: Callable[..., list[Tensor]],
+        fake: Callable[..., list[Tensor]],
+        backward: Callable[..., list[Tensor]],
+        backward_fake: Callable[..., list[Tensor]],
+        differentiable: int = 1,
+    ):
+        self.forward, self.backward, self.differentiable = forward, backward, differentiable
+        self.operator = _define(name, _FORWARD, forward, fake)
+        self.backward_operator = _define(f"{name}_backward", _BACKWARD, backward, backward_fake)
+        torch.library.register_autograd(self.operator, self._listed_backward, setup_context=self._setup)
+        torch.library.register_autograd(self.backward_operator, _refuse_second_derivative)
+
+    def __call__(
+        self,
+        tensors: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        plan: Sequence[int],
+        numbers: Sequence[float],
+        kind: str = "",
+    ) -> Sequence[Tensor]:
+        settings = (plan, numbers, kind)
+        if torch.compiler.is_compiling():
+            return self.operator(tensors, constants, *settings)
+        return _Eager.apply(self, settings, len(constants), *constants, *tensors)
+
+    def _setup(self, ctx, inputs, output) -> None:
+        tensors, constants, *settings = inputs
+        self.save(ctx, tensors, constants, settings, output)
+
+    def save(self, ctx, tensors, constants, settings, output) -> None:
+        rest = output[self.differentiable :]
+        ctx.save_for_backward(*tensors, *constants, *rest)
+        ctx.sizes, ctx.settings = (len(tensors), len(constants)), settings
+        ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)
+
+    def gradients(self, ctx, upstream: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+        upstream = upstream[: self.differentiable]
+        if all(gradient is None for gradient in upstream):
+            return [None] * len(needs)
+        saved, (tensors, constants) = ctx.saved_tensors, ctx.sizes
+        parts = saved[:tensors], saved[tensors : tensors + constants], saved[tensors + constants :]
+        marks = [*(gradient is not None for gradient in upstream), *needs]
+        given = [gradient for gradient in upstream if gradient is not None]
+        direct = _plain(saved) and not torch.is_grad_enabled()
+        run = self.backward if direct else self.backward_operator
+        wanted = iter(run(given, *parts, marks, *ctx.settings))
+        return [next(wanted) if needed else None for needed in needs]
+
+    def _listed_backward(self, ctx, upstream: Sequence[Tensor | None]):
+        needs, constants = ctx.needs_input_grad[:2]
+        return self.gradients(ctx, upstream, needs), [None] * len(constants), None, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """The operators outside torch.compile, without what autograd and dispatch over lists of tensors cost.
+
+    For small batches on the CPU that is more than the arithmetic.
+    """
+
+    @staticmethod
+    def forward(ctx, fused: FusedOperator, settings, constants: int, *tensors):
+        constants, tensors = tensors[:constants], tensors[constants:]
+        run = fused.forward if _plain(tensors) else fused.operator
+        with torch._C._AutoDispatchBelowAutograd():  # this function is the autograd
+            output = run(tensors, constants, *settings)
+        ctx.fused = fused
+        fused.save(ctx, tensors, constants, settings, output)
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        skipped = 3 + ctx.sizes[1]
+        return *[None] * skipped, *ctx.fused.gradients(ctx, upstream, ctx.needs_input_grad[skipped:])
+
+
+_FORWARD = "(Tensor[] tensors, Tensor[] constants, int[] plan, float[] numbers, str kind) -> Tensor[]"
+_BACKWARD = (
+    "(Tensor[] upstream, Tensor[] tensors, Tensor[] constants, Tensor[] outputs, bool[] needs, int[] plan, "
+    "float[] numbers, str kind) -> Tensor[]"
+)
+
+
+def _define(name: str, schema: str, function: Callable, fake: Callable) -> torch._ops.OpOverload:
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.sivae_fast, name).default
+    torch.library.register_fake(operator, fake)
+    return operator
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing but autograd listens to operators: no tracing mode, no tensor subclass."""
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(tensor) is Tensor or type(tensor) is Parameter for tensor in tensors)
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "second derivatives of the fused losses do not exist (create_graph=True, gradient penalties, "
+        "torch.func.hessian): use the formulas of sivae_fast.kernels.reference for them"
+    )
