@@ -1,0 +1,173 @@
+"""Iterations a second on a density beside the plain published iteration: same threads, machine and run.
+
+    python bench/density_speed.py [--threads 1]     writes bench/results/density_speed.json
+
+Each contender runs in processes of its own, in turns, so that a change of the machine's load meets all of
+them. The numbers are best of the turns, in processor time of the process (what a quiet core would take) and in
+wall time. Before anything is timed, the losses of the first iterations are held against the plain ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from densities import KEEP_MEMORY
+from plain import density_2d
+
+from sivae_fast.config import load_config
+from sivae_fast.data.densities import Density
+from sivae_fast.draws import Draws, Rows
+from sivae_fast.files import write_text
+from sivae_fast.training.loop import Trainer, make_schedule
+
+REPOSITORY = Path(__file__).parents[1]
+BATCH = 512
+PHASES = ("soft", "vae")
+CONTENDERS = {  # name: (environment, overrides of the configuration; None: the plain iteration)
+    "plain": ({}, None),
+    "published schedule": ({}, ["train.schedule=published"]),
+    "minimal schedule": ({}, []),
+    "minimal schedule, memory kept": (KEEP_MEMORY, []),
+}
+
+
+def make_trainer(overrides: list[str], phase: str, folder: str) -> Trainer:
+    warmup = 0 if phase == "soft" else 10**9
+    common = [f"run.folder={folder}", f"train.warmup_images={warmup}", "train.images=1000000000"]
+    config = load_config(REPOSITORY / "launch/configs/density-8gaussians.yaml", [*common, *overrides])
+    return Trainer(config, make_schedule(config), 0, 1, torch.device("cpu"))
+
+
+def contender(name: str, phase: str, folder: str) -> Callable[[], object]:
+    """One training iteration, data included."""
+    overrides = CONTENDERS[name][1]
+    data = Density("8gaussians")
+    if overrides is None:
+        net = density_2d()
+        iteration = net.soft if phase == "soft" else net.vae
+        return lambda: iteration(data.sample(BATCH))
+    trainer = make_trainer(overrides, phase, folder)
+    batches = trainer.data.batches(0, lambda n: BATCH, 0, 1)
+    return lambda: trainer._advance(batches)
+
+
+def check(iterations: int = 5) -> float:
+    """Largest relative difference between the losses of both, from the same weights and noise."""
+    now = {"images": 0}
+    stream = lambda name: Draws(0, now["images"], Rows.all(BATCH)).stream(name)
+    plain = density_2d(normal=lambda name, like: stream(name).normal(*like.shape))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer([], "soft", folder)
+        for ours, theirs in ((trainer.model.encoder, plain.encoder), (trainer.model.decoder, plain.decoder)):
+            for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+                q.data.copy_(p.data)
+        batches, worst = trainer.data.batches(0, lambda n: BATCH, 0, 1), 0.0
+        for _ in range(iterations):
+            now["images"] = trainer.images
+            x = trainer.data.to_input(Rows.all(BATCH), Draws(0, trainer.images, Rows.all(BATCH)))
+            expected = plain.soft(x)
+            trainer._advance(batches)
+            found = trainer.read_meter()
+            trainer.meter.clear()
+            pairs = zip((found["loss_encoder"], found["loss_decoder"]), expected, strict=True)
+            worst = max(worst, *(abs(a - b) / abs(b) for a, b in pairs))
+        trainer.close()
+    return worst
+
+
+def time_one(name: str, phase: str, threads: int, rounds: int = 6) -> dict[str, float]:
+    """Best milliseconds an iteration over a few rounds of a tenth of a second or more."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        iteration = contender(name, phase, folder)
+        for _ in range(4):
+            iteration()
+        count, found = 6 if phase == "soft" else 20, []
+        for _ in range(rounds):
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in range(count):
+                iteration()
+            found.append(((time.process_time() - cpu) / count, (time.perf_counter() - wall) / count))
+    return {"cpu_ms": 1e3 * min(f[0] for f in found), "wall_ms": 1e3 * min(f[1] for f in found)}
+
+
+def run(threads: int, turns: int) -> dict:
+    results = {phase: {name: [] for name in CONTENDERS} for phase in PHASES}
+    for turn in range(turns):
+        for phase in PHASES:
+            for name, (environment, _) in CONTENDERS.items():
+                print(f"turn {turn + 1}/{turns}  {phase}  {name}", file=sys.stderr)
+                command = [sys.executable, __file__, "--one", name, phase, "--threads", str(threads)]
+                environment = {**os.environ, **environment, "OMP_NUM_THREADS": str(threads)}
+                done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+                results[phase][name].append(json.loads(done.stdout.splitlines()[-1]))
+    return results
+
+
+def summary(results: dict) -> dict:
+    """Per phase and contender: best times, and the ratio to plain in every turn (median) and at best."""
+    table = {}
+    for phase, contenders in results.items():
+        table[phase] = {}
+        for name, turns in contenders.items():
+            row = {key: round(min(turn[key] for turn in turns), 2) for key in ("cpu_ms", "wall_ms")}
+            plain = contenders["plain"]
+            row["iterations_per_cpu_second"] = round(1e3 / row["cpu_ms"], 1)
+            row["ratio_best"] = round(min(turn["cpu_ms"] for turn in plain) / row["cpu_ms"], 2)
+            ratios = [a["cpu_ms"] / b["cpu_ms"] for a, b in zip(plain, turns, strict=True)]
+            row["ratio_median"] = round(statistics.median(ratios), 2)
+            table[phase][name] = row
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "PHASE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(time_one(*options.one, options.threads)))
+        return
+    difference = check()
+    if difference > 1e-4:
+        raise SystemExit(f"losses differ from the plain iteration by {difference:.1e}: nothing timed")
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    record = {
+        "command": f"python bench/density_speed.py --threads {options.threads}",
+        "machine": {"cpu": cpu_name(), "threads": options.threads, "load": os.getloadavg()[0]},
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "commit": head.stdout.strip(),
+        "losses_differ_at_most": difference,
+        **summary(run(options.threads, options.turns)),
+    }
+    text = json.dumps(record, indent=1)
+    write_text(REPOSITORY / "bench" / "results" / "density_speed.json", text + "\n")
+    print(text)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
