@@ -2,11 +2,11 @@
 
     python bench/loader.py     writes bench/results/loader-cpu.json
 
-Made photographs (512 x 512 JPEG) are prepared to 256 x 256 once as PNG and once as JPEG. Every row of the
-table delivers the same uint8 batches in the same order; a row counts only if its pixels are those of
-Pillow. Rounds of all rows are interleaved and the median counts, in images per second and per second of CPU
-time (all threads and worker processes together: the number to trust where other programs share the
-machine).
+Made photographs (512 x 512 JPEG) are prepared to 256 x 256 as PNG (stored without compression), as PNG
+compressed like most people's, and as JPEG. Every row of the table delivers the same uint8 batches in the
+same order; a row counts only if its pixels are those of Pillow. Rounds of all rows are interleaved and
+the median counts, in images per second and per second of CPU time (all threads and worker processes
+together: the number to trust where other programs share the machine).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from sivae_fast.data.prepare import prepare
 from sivae_fast.data.sampler import Sampler
 
 COUNT, EPOCHS, BATCH, WORKERS, LARGE, SMALL = 400, 2, 16, 2, 512, 256
+KINDS = ("png", "compressed-png", "jpeg")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -58,6 +59,11 @@ def make_sets(folder: Path) -> dict[str, Path]:
     sets = {"512 jpeg": source, "png": folder / "png.zip", "jpeg": folder / "jpeg.zip"}
     for kind in ("png", "jpeg"):
         prepare(source, sets[kind], resolution=SMALL, format=kind, progress=False)
+    sets["compressed-png"] = folder / "compressed-png"
+    sets["compressed-png"].mkdir()
+    images = ImageSet(sets["png"])
+    for number in range(COUNT):
+        Image.fromarray(images.decode(number)).save(sets["compressed-png"] / f"{number:04d}.png")
     return sets
 
 
@@ -119,7 +125,7 @@ def dali_resizing(path: Path) -> Batches:
 
 def rows_of(sets: dict[str, Path]) -> dict[str, Batches]:
     rows = {}
-    for kind in ("png", "jpeg"):
+    for kind in KINDS:
         rows[f"{kind} 256, DALI"] = ours(sets[kind], "dali")
         rows[f"{kind} 256, torch loader (threads)"] = ours(sets[kind], "torch")
         rows[f"{kind} 256, DataLoader (processes)"] = processes(sets[kind])
@@ -151,6 +157,10 @@ def measure(batches: Batches) -> tuple[float, float]:
     wall = time.perf_counter() - wall
     running.close()
     return images / wall, (images + BATCH) / (_cpu_seconds() - cpu)
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
 def _cpu_seconds() -> float:
@@ -189,7 +199,7 @@ def main() -> None:
             for name, batches in rows.items():
                 rates[name].append(measure(batches))
             loads.append(os.getloadavg()[0])
-        sizes = {kind: os.path.getsize(sets[kind]) // COUNT for kind in ("png", "jpeg")}
+        sizes = {kind: _size(sets[kind]) // COUNT for kind in KINDS}
     table = {
         name: {
             "images_per_second": round(statistics.median(wall for wall, _ in found), 1),
@@ -216,7 +226,7 @@ def main() -> None:
 def ratios(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     pairs = {
         f"{kind}: DALI / {other}": (f"{kind} 256, DALI", f"{kind} 256, {other}")
-        for kind in ("png", "jpeg")
+        for kind in KINDS
         for other in ("torch loader (threads)", "DataLoader (processes)")
     }
     online = "jpeg 512 resized while training, "

@@ -29,8 +29,12 @@ class Folder:
         if names is not None:
             self.names = names
             return
-        found = []
+        found, visited = [], set()
         for root, folders, files in os.walk(path, followlinks=True):
+            if (place := os.path.realpath(root)) in visited:  # a link to a folder above
+                folders.clear()
+                continue
+            visited.add(place)
             folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
             base = Path(root).relative_to(path)
             found += [(base / f).as_posix() for f in files if not f.startswith(".")]

@@ -18,13 +18,29 @@ PIECE = 64
 AHEAD = 2
 
 
-def available() -> bool:
-    """Whether DALI can be imported."""
+def trouble(device: torch.device | str = "cpu") -> str | None:
+    """Why DALI cannot be used on `device`; None where it can."""
     try:
-        import nvidia.dali  # noqa: F401
-    except ImportError:
-        return False
-    return True
+        from nvidia.dali import Pipeline, fn
+    except (ImportError, OSError) as error:
+        return f"NVIDIA DALI is not installed ({error})"
+    device = torch.device(device)
+    if device.type == "cuda":
+        try:
+            pipeline = Pipeline(1, 1, _index(device))
+            with pipeline:
+                pipeline.set_outputs(fn.constant(idata=0, device="gpu"))
+            pipeline.run()
+        except RuntimeError as error:
+            return f"NVIDIA DALI does not work on {device} ({str(error).strip().splitlines()[-1]})"
+    return None
+
+
+def _index(device: torch.device) -> int | None:
+    """DALI's number of a device, None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 class DaliDecoder:
@@ -68,17 +84,13 @@ class DaliDecoder:
     def _build(self, files: Iterator[list[np.ndarray]]):
         from nvidia.dali import Pipeline, fn, types
 
-        gpu = self.device.type == "cuda"
-        index = self.device.index
-        if gpu and index is None:
-            index = torch.cuda.current_device()
-        pipeline = Pipeline(PIECE, self.workers, index, prefetch_queue_depth=AHEAD)
+        pipeline = Pipeline(PIECE, self.workers, _index(self.device), prefetch_queue_depth=AHEAD)
         with pipeline:
             encoded = fn.external_source(source=files, dtype=types.UINT8, ndim=1, batch=True)
             pipeline.set_outputs(
                 fn.decoders.image(
                     encoded,
-                    device="mixed" if gpu else "cpu",
+                    device="mixed" if self.device.type == "cuda" else "cpu",
                     output_type=types.RGB if self.images.channels == 3 else types.GRAY,
                     jpeg_fancy_upsampling=True,
                 )

@@ -102,9 +102,9 @@ class ImageLoader:
         for name, value in (("shift", shift), ("hue", hue)):
             if not 0 <= value <= 0.5:
                 raise ValueError(f"{name} must lie in 0 ... 0.5, got {value}")
-        kind = choose_loader(loader)
-        self.images = ImageSet(path, any_size=not grows)
         self.device = torch.device(device)
+        kind = choose_loader(loader, self.device)
+        self.images = ImageSet(path, any_size=not grows)
         if hue and self.images.channels == 1:
             raise ValueError(f"hue={hue} needs colour images, {path} is grey")
         self.signed, self.grows = signed, grows
@@ -143,21 +143,19 @@ class ImageLoader:
 
 
 @functools.cache
-def choose_loader(name: str) -> str:
+def choose_loader(name: str, device: torch.device) -> str:
     """Which of "dali" and "torch" the name of a loader stands for; says once where "auto" falls back."""
     if name not in ("auto", "dali", "torch"):
         raise ValueError(f"loader must be auto, dali or torch, got {name!r}")
-    if name == "torch":
-        return name
-    if dali.available():
-        return "dali"
-    if name == "dali":
+    reason = None if name == "torch" else dali.trouble(device)
+    if name == "dali" and reason:
         raise ValueError(
-            "loader=dali needs NVIDIA DALI: `pip install nvidia-dali-cuda130` (or the one for your CUDA "
-            "version) installs it, loader=torch does without"
+            f"loader=dali: {reason}; `pip install nvidia-dali-cuda130` (or the one for your CUDA version) "
+            "installs it, loader=torch does without"
         )
-    log.warning("NVIDIA DALI is not installed: Pillow decodes the images")
-    return "torch"
+    if reason:
+        log.warning("%s: Pillow decodes the images", reason)
+    return "torch" if reason or name == "torch" else "dali"
 
 
 def default_workers() -> int:

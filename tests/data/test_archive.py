@@ -49,6 +49,12 @@ def test_nested_folder_ignores_other_and_hidden_files(tmp_path):
     assert images.names == ["a/1.JPG", "b/deep/2.png"]
 
 
+def test_links_that_lead_back_are_followed_once(tmp_path):
+    path = write_folder(tmp_path / "set", {"a/0.png": encoded(picture(0))})
+    (path / "a" / "up").symlink_to(path)
+    assert ImageSet(path).names == ["a/0.png"]
+
+
 def test_labels_of_dataset_json(tmp_path):
     files = files_of(4)
     pairs = [[name, 3 - i] for i, name in enumerate(files)]

@@ -1,6 +1,7 @@
 """Both loaders deliver the same pixels in the order of the sampler, whatever batch, rank or cache."""
 
 import logging
+import sys
 from itertools import islice
 
 import numpy as np
@@ -15,8 +16,8 @@ from sivae_fast.data.loader import ImageLoader, choose_loader
 from sivae_fast.data.sampler import Sampler
 from sivae_fast.draws import Draws, Rows
 
-LOADERS = [pytest.param("dali", marks=pytest.mark.skipif(not dali.available(), reason="no DALI")), "torch"]
-needs_dali = pytest.mark.skipif(not dali.available(), reason="no DALI")
+needs_dali = pytest.mark.skipif(dali.trouble() is not None, reason="no DALI")
+LOADERS = [pytest.param("dali", marks=needs_dali), "torch"]
 
 
 @pytest.fixture
@@ -194,14 +195,26 @@ def test_a_cache_that_does_not_fit_is_left_out(png_set):
     assert ImageLoader(png_set, cache_gib=(21 * 16 * 16 * 3 - 1) / 2**30)._cache is None
 
 
-def test_without_dali_auto_falls_back_and_says_so_once(monkeypatch, caplog):
-    monkeypatch.setattr(dali, "available", lambda: False)
+@needs_dali
+@pytest.mark.parametrize(
+    ("name", "module"), [("is not installed", None), ("does not work on cuda", RuntimeError("old driver"))]
+)
+def test_without_dali_auto_falls_back_and_says_so_once(monkeypatch, caplog, name, module):
+    def fail(*_, **__):
+        raise module
+
+    device = torch.device("cuda" if module else "cpu")
+    if module:
+        monkeypatch.setattr("nvidia.dali.Pipeline", fail)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    else:
+        monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     choose_loader.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert [choose_loader("auto"), choose_loader("auto")] == ["torch", "torch"]
-    assert caplog.text.count("DALI is not installed") == 1
-    with pytest.raises(ValueError, match=r"loader=dali .*pip install nvidia-dali.*loader=torch"):
-        choose_loader("dali")
+        assert [choose_loader("auto", device) for _ in range(2)] == ["torch", "torch"]
+    assert caplog.text.count(f"DALI {name}") == 1
+    with pytest.raises(ValueError, match=rf"loader=dali: .*{name}.*pip install nvidia-dali.*loader=torch"):
+        choose_loader("dali", device)
     choose_loader.cache_clear()
 
 
