@@ -84,16 +84,19 @@ def detect_others(
 
     own: a set of the same kind that it was not trained on; the training images where there is none, and the
     result says so. At most `count` images of each set are scored; samples, variance and proposal as in
-    `evaluation.likelihood`. Writes `ood.json` (areas under the ROC curve of every score) and `ood.png`
-    (histograms of log p(x)) into the folder `out`; returns what is in the file.
+    `evaluation.likelihood`, the weight of errors in the score `elbo` as in training.
+    Writes `ood.json` (areas under the ROC curve of every score) and `ood.png` (histograms of log p(x)) into
+    the folder `out`; returns what is in the file.
     """
     if not others:
         raise ValueError("no other image sets are given")
     if run.batch_norm == "batch":
         raise ValueError("batch_norm is 'batch': the draws of an estimate would then influence each other")
     sets = {"own": own, **others} if own else {"training set": None, **others}
-    scored = {}
-    options = {"samples": samples, "variance": variance, "proposal": proposal}
+    scored, trained = {}, run.config.objective
+    low, high = run.value_range
+    weight = trained.beta_rec / (trained.beta_kl or 1.0) * (high - low) ** 2  # of errors of pixels in [0, 1]
+    options = {"samples": samples, "variance": variance, "proposal": proposal, "weight": weight}
     for name, path in sets.items():
         batches = RealImages(run, path, count).inputs()
         found = likelihood.score_batches(run.model, batches, seed, value_range=run.value_range, **options)

@@ -27,7 +27,7 @@ PROPOSALS = ("posterior", "published")
 #: Scores of `scores`: all are higher for images that the model finds strange.
 SCORES = {
     "log_likelihood": "negative importance-weighted log-likelihood",
-    "elbo": "reconstruction error + KL, one posterior draw",
+    "elbo": "weighted reconstruction error + KL, one posterior draw",
     "kl": "KL of the posterior to the prior",
     "reconstruction": "reconstruction error, one posterior draw",
     "symmetric_kl": "KL between the posteriors of the image and of its reconstruction, both ways",
@@ -83,9 +83,14 @@ def scores(
     variance: float = 1.0,
     proposal: str = "posterior",
     value_range: tuple[float, float] = (0.0, 1.0),
+    weight: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """All `SCORES` of images x [B, ...], [B] float64 each; options as `log_likelihood`."""
+    """All `SCORES` of images x [B, ...], [B] float64 each; options as `log_likelihood`.
+
+    weight: of the reconstruction error in the score `elbo`; published models have 1, the beta_rec / beta_kl
+    of their training.
+    """
     estimate = log_likelihood(
         model,
         x,
@@ -102,7 +107,7 @@ def scores(
     kl = divergence(posterior, prior_std=model.prior_std)
     again = _in_double(model.encode(rec))
     both = divergence(posterior, again) + divergence(again, posterior)
-    values = (-estimate, error + kl, kl, error, both)
+    values = (-estimate, weight * error + kl, kl, error, both)
     return dict(zip(SCORES, values, strict=True))
 
 

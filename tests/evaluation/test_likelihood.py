@@ -129,6 +129,8 @@ def test_scores_are_what_their_names_say_and_repeat_for_a_seed():
     for name in SCORES:
         assert first[name].shape == (6,) and torch.equal(first[name], again[name])
     torch.testing.assert_close(first["elbo"], first["kl"] + first["reconstruction"])
+    heavy = score_batches(model, [x[:3], x[3:]], seed=3, samples=2, weight=3.0)
+    torch.testing.assert_close(heavy["elbo"], first["kl"] + 3 * first["reconstruction"])
     torch.testing.assert_close(first["kl"], divergence(Posterior(*(p.double() for p in model.encode(x)))))
     assert (
         first["log_likelihood"] > 32 * math.log(2 * math.pi)
