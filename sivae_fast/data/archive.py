@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MANIFEST = "manifest.json"
 LABELS = "dataset.json"
 #: What an image of a set may be stored as; everything else has to pass through `prepare` first.
-STORED_MODES = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "PA": 3, "CMYK": 3, "YCbCr": 3}
+STORED_MODES = {"1": 1, "L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "PA": 3, "CMYK": 3, "YCbCr": 3}
 PREPARE_HINT = "run `sivae-fast prepare SOURCE DEST --resolution N` to make a set that trains"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sivae_fast.data.archive import ImageSet
+from sivae_fast.data.parallel import local_ranks
 
 
 class Cache:
@@ -69,7 +70,7 @@ def fits(images: ImageSet, device: torch.device, limit: float | None) -> bool:
         return needed <= limit * 2**30
     if device.type == "cuda":
         return needed <= 0.4 * torch.cuda.mem_get_info(device)[0]
-    return needed <= 0.25 * available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return needed <= 0.25 * available_memory() / local_ranks()
 
 
 def available_memory() -> int:

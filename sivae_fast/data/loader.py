@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sivae_fast.data import cache, dali, pixels
 from sivae_fast.data.archive import ImageSet
-from sivae_fast.data.parallel import cores
+from sivae_fast.data.parallel import cores, local_ranks
 from sivae_fast.data.sampler import Sampler
 from sivae_fast.draws import Draws
 
@@ -160,4 +160,4 @@ def choose_loader(name: str, device: torch.device) -> str:
 
 def default_workers() -> int:
     """Decoding threads of one rank: its share of the machine's cores, at most 8."""
-    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(8, cores() // local_ranks()))

@@ -24,6 +24,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def local_ranks() -> int:
+    """How many ranks share this machine, as torchrun or DeepSpeed's launcher say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def ordered(function: Callable, calls: Iterable[tuple], count: int, workers: int) -> Iterator[tuple]:
     """(key, function(*arguments)) for each (key, *arguments) of about `count` calls, in order.
 

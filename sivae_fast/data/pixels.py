@@ -46,7 +46,7 @@ def to_input(
     size = x.shape[-1]
     if resolution is not None and resolution != size:
         factor, rest = divmod(size, resolution)
-        if rest or factor & (factor - 1) or factor < 1:
+        if rest or factor & (factor - 1):
             raise ValueError(f"resolution {resolution} is no halving of the images' {size}")
         # Sums of up to 256x256 bytes and divisions by powers of four are exact in float32.
         x = F.avg_pool2d(x, factor)

@@ -85,6 +85,8 @@ def test_grey_colour_and_palette(tmp_path):
     images = ImageSet(write_folder(tmp_path / "grey", grey))
     assert images.channels == 1
     assert np.array_equal(images.decode(1)[..., 0], np.asarray(picture(1, mode="L")))
+    bits = {"0.png": encoded(picture(0, mode="1"))}
+    assert set(np.unique(ImageSet(write_folder(tmp_path / "bits", bits)).decode(0))) == {0, 255}
     mixed = {"0.png": encoded(picture(0, mode="L")), "1.png": encoded(picture(1).quantize(16))}
     images = ImageSet(write_folder(tmp_path / "mixed", mixed))
     assert images.channels == 3
