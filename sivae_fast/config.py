@@ -106,10 +106,10 @@ class ObjectiveConfig(Section):
 
 
 class ImageDataConfig(Section):
-    """A folder or zip of square images, as `sivae-fast prepare` makes them; null: the quickstart's own."""
+    """A folder or zip of square images, as `sivae-fast prepare` makes them."""
 
     kind: Literal["images"] = "images"
-    path: str | None = None
+    path: str | None = Field(None, description='an image set, or "quickstart": pictures made on the spot')
     loader: Literal["auto", "dali", "torch"] = "auto"
     workers: PositiveInt | None = Field(None, description="decoding threads; null: this rank's cores")
     flip: bool = True

@@ -108,11 +108,7 @@ def _images(config: Config, device: torch.device, show: bool):
     from sivae_fast.data.loader import ImageLoader
 
     settings, model = config.data, config.model
-    path = settings.path
-    if path is None:
-        from sivae_fast.data.quickstart import ensure_quickstart
-
-        path = ensure_quickstart(Path("datasets"), model.resolution, progress=show)
+    path = image_path(config, show)
     data = ImageLoader(
         path,
         seed=config.train.seed,
@@ -132,6 +128,19 @@ def _images(config: Config, device: torch.device, show: bool):
             f"Run `sivae-fast prepare SOURCE DEST --resolution {model.resolution}` or change the model"
         )
     return data
+
+
+def image_path(config: Config, show: bool = True) -> Path:
+    """Where the training images are; those of the quickstart are made if need be."""
+    if config.data.path is None:
+        raise ConfigError(
+            "data.path is missing: the path of an image set made by `sivae-fast prepare`, or quickstart"
+        )
+    if config.data.path == "quickstart":
+        from sivae_fast.data.quickstart import ensure_quickstart
+
+        return ensure_quickstart(Path("datasets"), config.model.resolution, progress=show)
+    return Path(config.data.path)
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -19,10 +19,10 @@ from sivae_fast.contract import Model
 from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.convert import Recipe, flatten
 from sivae_fast.data.parallel import progress_bar
-from sivae_fast.data.quickstart import ensure_quickstart
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.evaluation import batchnorm
 from sivae_fast.figures import to_uint8
+from sivae_fast.systems import image_path
 from sivae_fast.training.loop import make_schedule
 
 IMAGE_MODELS = ("style", "residual")
@@ -69,7 +69,7 @@ class Inference:
         self.device = next(model.parameters()).device
         self.weights, self.precision, self.autocast = weights, precision, PRECISIONS[precision]
         self.batch, self.show = batch, show
-        self.data_path = data or config.data.path
+        self.data_path = data
         self.batch_norm = None
         if model.uses_batch_statistics:
             self.batch_norm = batch_norm or "recalibrated"
@@ -218,7 +218,7 @@ class Inference:
 
     def training_set(self) -> str | os.PathLike:
         """Where the training images are; those of the quickstart are made if need be."""
-        return self.data_path or ensure_quickstart(Path("datasets"), self.config.model.resolution)
+        return self.data_path or image_path(self.config, self.show)
 
     def read(
         self, sources: Sequence[str | os.PathLike], count: int | None = None, resize: bool = False
