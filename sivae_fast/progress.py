@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import sys
 import time
 from typing import TextIO
-
-import torch
 
 
 class Progress:
@@ -91,12 +88,3 @@ def duration(seconds: float) -> str:
     if minutes < 24 * 60:
         return f"{minutes // 60}h {minutes % 60:02d}m"
     return f"{minutes // 1440}d {minutes % 1440 // 60:02d}h"
-
-
-def peak_memory(device: torch.device | str) -> int:
-    """Bytes at the highest: of the CUDA allocator on a GPU, else of the process."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * (1 if sys.platform == "darwin" else 1024)

@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from sivae_fast.progress import Progress, duration, peak_memory
+from sivae_fast.progress import Progress, duration
 
 
 class Terminal(io.StringIO):
@@ -50,7 +50,3 @@ def test_rate_and_time_left_count_from_the_resumed_image(monkeypatch):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
-
-
-def test_peak_memory_of_this_process_is_plausible():
-    assert 2**25 < peak_memory("cpu") < 2**38
