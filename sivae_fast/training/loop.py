@@ -135,7 +135,10 @@ class Trainer:
         self.iterate(x, stage)
         if self.average:
             self.average.update(stage.batch)
+        epochs = self.images // len(self.data)
         self.images += stage.batch
+        for epoch in range(epochs, self.images // len(self.data)):
+            self.model.end_of_epoch(epoch + 1)
         self.data_seconds += loaded - started
         self.step_seconds += time.perf_counter() - loaded
 

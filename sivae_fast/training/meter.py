@@ -60,6 +60,9 @@ def means(totals: dict[str, tuple[float, int]]) -> dict[str, float]:
 
 
 def first_not_finite(values: dict[str, float]) -> str | None:
-    """Name of the term to blame for a NaN or an infinity, the cause before its consequences, or None."""
+    """Name of the term to blame for a NaN or an infinity, or None.
+
+    Terms of the real batch come before those of fakes, which follow from them, and losses come last.
+    """
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
-    return min(wrong, key=lambda name: (name in LOSSES, name)) if wrong else None
+    return min(wrong, key=lambda name: (name in LOSSES, "real" not in name, name)) if wrong else None

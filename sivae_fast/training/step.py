@@ -96,7 +96,7 @@ class Step:
         """Loss that the encoder minimises. x [B, ...]; backward reaches the encoder's parameters only."""
         model, objective = self.model, self.objective
         with self._autocast(x):
-            posterior = _in_float(model.encode(x))
+            posterior = self._encode(x, draws, "real")
             z = self._sample(posterior, draws, "posterior")
             shared = Shared(z.detach())
             if self.shares_forward:
@@ -109,7 +109,7 @@ class Step:
                     rec = model.decode(z, draws.stream("rec"))
                     with torch.no_grad():
                         fake = self._generate(x, draws)
-            seen = self._encode_fakes(rec.detach(), fake)
+            seen = self._encode_fakes(rec.detach(), fake, draws)
             latents = [self._sample(seen[0], draws, "rec_rec/z"), self._sample(seen[1], draws, "rec_fake/z")]
             with _frozen(self.decoder_parameters):
                 rec_rec, rec_fake = self._decode_fakes(latents, draws)
@@ -131,7 +131,7 @@ class Step:
                 rec = model.decode(z, draws.stream("rec" + suffix))
                 fake = self._generate(x, draws, suffix)
             with _frozen(self.encoder_parameters):
-                seen = self._encode_fakes(rec, fake)
+                seen = self._encode_fakes(rec, fake, draws, "/decoder")
             rec_term, fake_term = Term(None, None, seen[0]), Term(None, None, seen[1])
             if objective.gamma_r:
                 rec_term, fake_term = self._reconstruct_fakes(rec, fake, seen, draws, suffix)
@@ -145,7 +145,7 @@ class Step:
         pass for each optimizer, and nothing is computed twice.
         """
         with self._autocast(x):
-            posterior = _in_float(self.model.encode(x))
+            posterior = self._encode(x, draws, "real")
             cut = Posterior(*(part.detach().requires_grad_() for part in posterior))
             z = self._sample(cut, draws, "posterior")
             rec = self.model.decode(z, draws.stream("rec"))
@@ -162,16 +162,24 @@ class Step:
 
     def _fresh_latent(self, x: Tensor, draws: Draws) -> Tensor:
         with torch.no_grad():
-            return self._sample(_in_float(self.model.encode(x)), draws, "posterior/decoder")
+            return self._sample(self._encode(x, draws, "real/decoder"), draws, "posterior/decoder")
 
     def _generate(self, x: Tensor, draws: Draws, suffix: str = "") -> Tensor:
         prior = draws.stream("prior" + suffix).normal(len(x), self.model.latent_size, dtype=_float_of(x))
         return self.model.generate(prior * self.model.prior_std, draws.stream("fake" + suffix))
 
-    def _encode_fakes(self, rec: Tensor, fake: Tensor) -> list[Posterior]:
+    def _encode(self, x: Tensor, draws: Draws, *names: str) -> Posterior:
+        """Posterior of x, the rows of one batch or of several joined ones, one name each."""
+        if not self.model.random_encoder:
+            return _in_float(self.model.encode(x))
+        streams = [draws.stream(f"encode/{name}") for name in names]
+        return _in_float(self.model.encode(x, Joined(*streams) if len(streams) > 1 else streams[0]))
+
+    def _encode_fakes(self, rec: Tensor, fake: Tensor, draws: Draws, suffix: str = "") -> list[Posterior]:
+        names = ("rec" + suffix, "fake" + suffix)
         if not self.joins:
-            return [_in_float(self.model.encode(rec)), _in_float(self.model.encode(fake))]
-        both = _in_float(self.model.encode(torch.cat([rec, fake])))
+            return [self._encode(x, draws, name) for x, name in zip((rec, fake), names, strict=True)]
+        both = self._encode(torch.cat([rec, fake]), draws, *names)
         means, logvars = both.mean.chunk(2), both.logvar.chunk(2)
         return [Posterior(means[0], logvars[0]), Posterior(means[1], logvars[1])]
 
