@@ -1,0 +1,152 @@
+"""From a published checkpoint to a snapshot that every command takes, or to a run that training continues."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sivae_fast.checkpoint import CheckpointError, load_weights, save_checkpoint, save_snapshot
+from sivae_fast.config import Config, ConfigError, make_config
+from sivae_fast.contract import Model
+from sivae_fast.models.style_names import swap_layout
+from sivae_fast.published import Published, read_published
+from sivae_fast.run import Run
+from sivae_fast.systems import levels, make_model
+
+logger = logging.getLogger("sivae_fast")
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def convert(source: str | Path, dest: str | Path, *, raw: bool = False) -> Path:
+    """Writes the weights of a published checkpoint as the snapshot `dest` (.safetensors).
+
+    raw: the weights of the optimizer, not their average where the file has one.
+    Raises CheckpointError, naming the file, where it cannot be converted; `dest` is then not written.
+    """
+    dest = Path(dest)
+    if dest.suffix != ".safetensors":
+        raise ValueError(f"{dest}: a snapshot is a file that ends in .safetensors")
+    found = _read(source)
+    if found.missing:
+        raise CheckpointError(
+            f"{source} cannot be used as it is: {', '.join(found.missing)} is another function in ALAE. It "
+            "can only be trained on, in a new run (`start_run`) in which that network starts anew"
+        )
+    config = make_config(found.settings)
+    averaged = found.averaged is not None and not raw
+    model = _filled(config, found.averaged if averaged else found.weights, source)
+    facts = {"weights": "averaged" if averaged else "raw", "source": Path(source).name}
+    if found.epoch is not None:
+        facts["epoch"] = str(found.epoch)
+    save_snapshot(dest, model, config, 0, **facts)
+    logger.info("wrote the %s weights to %s", facts["weights"], dest)
+    return dest
+
+
+def start_run(
+    source: str | Path, config: Config, *, optimizer: bool = True, images: int | None = None
+) -> Path:
+    """Makes a new run folder from which `train(config)` goes on with the published weights.
+
+    config: of the training to come; its `model` has to be that of the file.
+    optimizer: take over the optimizers' second moments and step counts, where the file has them.
+    images: where the clock of images seen starts. The files count epochs at most; None starts where the last
+        level of detail is faded in, or at 0 for models of one size.
+    Raises CheckpointError for the file, ConfigError for a configuration of another model.
+    """
+    found = _read(source)
+    try:
+        model = _filled(config, found.weights, source)
+    except CheckpointError as error:
+        right = ", ".join(f"model.{name}={value}" for name, value in found.settings["model"].items())
+        raise ConfigError(f"the configuration is of another model ({error}); the file's is {right}") from None
+    tensors = _of_file("model", model.state_dict(), found.weights)
+    if config.average.half_life:
+        average = found.averaged or {name: value.clone() for name, value in found.weights.items()}
+        tensors |= _of_file("average", dict(model.named_parameters()), average)
+    steps = {"encoder": 0, "decoder": 0}
+    if optimizer and not found.missing:
+        for side, state in found.optimizers.items():
+            moments, steps[side] = _moments(model, side, state)
+            tensors |= moments
+            logger.info("%s optimizer: state of %d tensors, %d steps", side, len(moments) // 2, steps[side])
+    images = _first_image(config) if images is None else images
+    every = {"tick": config.run.tick, "samples": config.run.samples}
+    every |= {"checkpoint": config.run.checkpoint, "snapshot": config.run.snapshot}
+    state = {
+        "config": config.to_dict(),
+        "lod": _lod(config, images),
+        "steps": steps,
+        "tick": {},
+        "marks": {name: (images // interval + 1) * interval for name, interval in every.items()},
+        "source": Path(source).name,
+    }
+    with Run.create(config.run.folder, config.run.name, config.to_dict(), config.identity()) as run:
+        save_checkpoint(run.folder / "checkpoints", images, tensors, state, config.run.keep)
+        logger.info("wrote the run %s, at %s images", run.folder, f"{images:,}")
+        return run.folder
+
+
+def _read(source: str | Path) -> Published:
+    found = read_published(source)
+    logger.info("%s: %s%s", source, found.title, "" if found.epoch is None else f", epoch {found.epoch}")
+    for note in found.notes:
+        logger.info("  %s", note)
+    return found
+
+
+def _filled(config: Config, weights: dict[str, Tensor], source: str | Path) -> Model:
+    """The model with these weights; networks that are absent as a whole keep their initial ones."""
+    model = make_model(config)
+    own = model.state_dict()
+    present = {name.split(".")[0] for name in weights}
+    fresh = {name: value.clone() for name, value in own.items() if name.split(".")[0] not in present}
+    load_weights(model, {**fresh, **weights}, str(source))
+    return model
+
+
+def _of_file(part: str, own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`part/name` for every name of `own`: the tensor of the file, or else a copy of our own."""
+    found = {name: weights[name].to(value.dtype) for name, value in own.items() if name in weights}
+    return {f"{part}/{n}": found[n] if n in found else value.detach().clone() for n, value in own.items()}
+
+
+def _moments(model: Model, side: str, state: dict) -> tuple[dict[str, Tensor], int]:
+    """Adam's state by parameter name, `{side}/{moment}/{name}`, and the number of its steps."""
+    modules = model.encoder_modules() if side == "encoder" else model.decoder_modules()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [(names[p], p) for module in modules for p in module.parameters()]
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    if len(indices) != len(parameters):
+        raise CheckpointError(
+            f"the {side} optimizer has {len(indices)} tensors, the model {len(parameters)}: "
+            "convert without it"
+        )
+    tensors, steps = {}, 0
+    for index, (name, parameter) in zip(indices, parameters, strict=True):
+        if index not in state["state"]:
+            continue  # a level that was not in use since the last switch
+        entry = state["state"][index]
+        steps = max(steps, int(entry["step"]))
+        for key in _MOMENTS:
+            # The published optimizer of the style model has no first moment.
+            value = swap_layout(name, entry[key]) if key in entry else torch.zeros_like(parameter)
+            if value.numel() != parameter.numel():
+                raise CheckpointError(f"the {side} optimizer's {key} does not fit {name}: convert without it")
+            tensors[f"{side}/{key}/{name}"] = value.reshape(parameter.shape)
+    return tensors, steps
+
+
+def _first_image(config: Config) -> int:
+    growth = config.growth
+    return math.ceil(growth.images_per_level * (levels(config) - 1 + growth.fade))
+
+
+def _lod(config: Config, images: int) -> int:
+    last, per_level = levels(config) - 1, config.growth.images_per_level
+    return min(last, images // per_level) if per_level else last
