@@ -50,7 +50,8 @@ class ResidualModelConfig(Section):
     widths: tuple[PositiveInt, ...] = (64, 128, 256)
     latent_size: PositiveInt = 128
     norm: Literal["batch", "group"] = "batch"
-    lagged_decoder: bool = False
+    lagged_decoder: bool = Field(False, description="the bootstrap variant")
+    lag_epochs: PositiveInt = Field(1, description="epochs from one copy of the decoder to the next")
     augment: bool = False
 
 

@@ -31,6 +31,8 @@ class Model(nn.Module):
     lagged_decoder: bool = False
     #: True where rows of a batch influence each other (batch norm): passes must then not be joined.
     uses_batch_statistics: bool = False
+    #: True where `encode` takes a stream as its second argument and draws from it while training.
+    random_encoder: bool = False
 
     def encode(self, x: Tensor) -> Posterior:
         raise NotImplementedError
@@ -70,6 +72,9 @@ class Model(nn.Module):
     def learning_rate_factors(self) -> dict[str, float]:
         """Factor on the learning rate by parameter name; names left out have 1 (equalised learning rate)."""
         return {}
+
+    def end_of_epoch(self, epoch: int) -> None:
+        """Called in training when `epoch` = 1, 2, ... passes over the data are complete."""
 
     def set_level(self, lod: int, blend: float) -> None:
         """Progressive growing: the level in use and its fade (0 to 1); one-size models ignore it."""
