@@ -3,7 +3,7 @@
     python bench/density_grid.py     writes bench/results/density_grid.json after every setting; resumable
 
 Small networks (width 64), batch 256, 2,500 iterations of which 300 as a VAE, on two densities that fail in
-different ways. The setting with the lowest KL of the samples, averaged over both in nats, wins: the rule of the
+different ways. The setting with the lowest KL of the samples, in nats, mean of both, wins: the rule of the
 follow-up on learned priors. beta_neg = 0.5 is that of the released IntroVAE code.
 """
 

@@ -2,9 +2,9 @@
 
     python bench/density_speed.py [--threads 1]     writes bench/results/density_speed.json
 
-Each contender runs in processes of its own, in turns, so that a change of the machine's load meets all of
-them. The numbers are best of the turns, in processor time of the process (what a quiet core would take) and in
-wall time. Before anything is timed, the losses of the first iterations are held against the plain ones.
+Each contender runs in processes of its own, in turns, so that a change of the machine's load meets all.
+The numbers are best of the turns, in processor time of the process (what a quiet core would take) and in wall
+time. Before anything is timed, the losses of the first iterations are held against the plain ones.
 """
 
 from __future__ import annotations

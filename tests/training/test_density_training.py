@@ -10,7 +10,7 @@ from launch.train import main
 from sivae_fast.checkpoint import load
 from sivae_fast.config import ConfigError, load_config
 from sivae_fast.data.densities import Density
-from sivae_fast.evaluation.density import evaluate_density
+from sivae_fast.evaluation.density import divergences, evaluate_density, prior_samples
 from sivae_fast.training.loop import train
 
 CONFIGS = Path(__file__).parents[2] / "launch" / "configs"
@@ -63,17 +63,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert [tick["images"] for tick in ticks(parts)][-1] == 640
 
 
-@pytest.mark.parametrize("density", ["8gaussians", "rings"])
-def test_a_vae_learns_where_the_data_are(tmp_path, density):
+def test_a_vae_learns_where_the_data_are(tmp_path):
     settings = ["objective.kind=vae", "objective.beta_rec=0.8", "objective.beta_kl=0.05", "model.width=32"]
     short = ["optim.learning_rate=0.003", "train.batch=256", "train.warmup_images=0", "run.tick=10000"]
-    scores = []
-    for images in (256, 256 * 400):
-        run = train(config(tmp_path, *settings, *short, density=density, images=images))
-        data = Density(density)
-        scores.append(evaluate_density(load(run), data.sample, data.half_range))
-    assert scores[1]["kl_nats"] < 0.7 * scores[0]["kl_nats"]
-    assert scores[1]["gnelbo"] < 0.3 * scores[0]["gnelbo"]
+    data, found = Density("rings"), []
+    for images in (256, 256 * 200):
+        model = load(train(config(tmp_path, *settings, *short, images=images)))
+        samples = lambda count, seed, model=model: prior_samples(model, count, seed)
+        found.append(divergences(data.sample, samples, data.half_range)["kl_nats"])
+    assert found[1] < found[0] - 5
 
 
 @pytest.mark.parametrize(
