@@ -36,15 +36,15 @@ def paint(number: int) -> Image.Image:
     hour = rng.random() * 6
     above, horizon, light, rock, hill = _colours(hour)
     night = max(0.0, 1 - abs(hour - 5))
-    shore = rng.uniform(0.64, 0.72)
-    sun = rng.uniform(0.3, 1.03), rng.uniform(0.12, 0.36)
+    shore = rng.uniform(0.66, 0.70)
+    sun = rng.uniform(0.3, 1.03), rng.uniform(0.12, 0.32)
 
     sky = above + (horizon - above) * _ease(_Y / shore)[..., None]
     picture = np.broadcast_to(sky, (HEIGHT, WIDTH, 3)).copy()
     distance = np.hypot(_X - sun[0], _Y - sun[1])
     _lay(picture, light, 0.5 * np.exp(-distance * 5) + 0.3 * np.exp(-distance * 14))
     _clouds(picture, rng, light, horizon, shore)
-    _lay(picture, light + (_WHITE - light) * 0.4, _cover(0.065 - distance))
+    _lay(picture, light + (_WHITE - light) * 0.4, _cover(0.075 - distance))
     _peaks(picture, rng, shore, sun[0], (above, horizon, light, rock), 0.75 - 0.4 * night)
     _hills(picture, rng, shore, hill, horizon)
     _lake(picture, rng, shore, sun[0], light, hill)
@@ -57,7 +57,7 @@ def _colours(hour: float) -> np.ndarray:
 
 
 def _clouds(picture, rng, light, horizon, shore) -> None:
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         x, y = rng.uniform(0, 1.33), rng.uniform(0.05, 0.35)
         long, high = rng.uniform(0.15, 0.35), rng.uniform(0.015, 0.035)
         for part in rng.uniform(-0.5, 0.5, 3).tolist():
@@ -68,12 +68,10 @@ def _clouds(picture, rng, light, horizon, shore) -> None:
 def _peaks(picture, rng, shore, sun, colours, bright) -> None:
     """A large mountain with a smaller one on each side, lit from where the sun stands, with snow."""
     above, horizon, light, rock = colours
-    x0 = rng.uniform(0.4, 0.93)
-    tops = np.array([x0 - rng.uniform(0.28, 0.5), x0, x0 + rng.uniform(0.28, 0.5)], np.float32)
-    heights = np.array(
-        [rng.uniform(0.12, 0.22), rng.uniform(0.30, 0.46), rng.uniform(0.12, 0.22)], np.float32
-    )
-    steep = rng.uniform(0.7, 1.1)
+    x0 = rng.uniform(0.42, 0.91)
+    tops = np.array([x0 - rng.uniform(0.38, 0.46), x0, x0 + rng.uniform(0.38, 0.46)], np.float32)
+    heights = np.array([rng.uniform(0.16, 0.22), rng.uniform(0.36, 0.5), rng.uniform(0.16, 0.22)], np.float32)
+    steep = rng.uniform(0.75, 1.05)
     tents = heights[:, None] - steep * np.abs(_X - tops[:, None])
     which = tents.argmax(0)
     wave = which.astype(np.float32)

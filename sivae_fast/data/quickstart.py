@@ -19,14 +19,14 @@ def ensure_quickstart(
 ) -> Path:
     """The path of the prepared quickstart set below `folder`, made at the first call by one process.
 
-    The pictures are JPEG files in `folder`/pictures, prepared like anybody's at `resolution`.
+    The pictures are JPEG files in `folder`/lakes, prepared like anybody's at `resolution`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    prepared = folder / f"quickstart-{resolution}.zip"
+    prepared = folder / f"lakes-{resolution}.zip"
     with locked(folder):
         if not prepared.exists():
-            pictures = folder / "pictures"
+            pictures = folder / "lakes"
             if not pictures.exists():
                 _paint_all(pictures, count, progress)
             prepare(pictures, prepared, resolution=resolution, progress=progress)

@@ -28,8 +28,8 @@ def test_the_set_is_prepared_like_anybodys(tmp_path):
     path = ensure_quickstart(tmp_path / "sets", 32, count=12, progress=False)
     images = ImageSet(path)
     assert (len(images), images.resolution, images.channels) == (12, 32, 3)
-    assert images.manifest["source"] == "pictures"
-    assert len(list((tmp_path / "sets" / "pictures").rglob("*.jpg"))) == 12
+    assert images.manifest["source"] == "lakes"
+    assert len(list((tmp_path / "sets" / "lakes").rglob("*.jpg"))) == 12
     larger = ensure_quickstart(tmp_path / "sets", 64, count=12, progress=False)
     assert ImageSet(larger).resolution == 64
 
@@ -53,6 +53,6 @@ def test_processes_that_come_together_make_it_once(tmp_path):
 
 
 def test_an_interrupted_painting_starts_again(tmp_path):
-    (tmp_path / "pictures.partial").mkdir()
-    (tmp_path / "pictures.partial" / "half.jpg").write_bytes(b"half")
+    (tmp_path / "lakes.partial").mkdir()
+    (tmp_path / "lakes.partial" / "half.jpg").write_bytes(b"half")
     assert len(ImageSet(ensure_quickstart(tmp_path, 16, count=8, progress=False))) == 8
