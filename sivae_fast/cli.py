@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     _add_mix(commands)
     _add_evaluate(commands)
     _add_report(commands)
+    _add_convert(commands)
     return top
 
 
@@ -260,6 +261,34 @@ def _report(**options) -> None:
     from sivae_fast.commands.report import report
 
     print(report(**options))
+
+
+def _add_convert(commands) -> None:
+    command = _command(
+        commands, "convert", _convert, "A published checkpoint as a snapshot, or as a run that goes on."
+    )
+    command.add_argument("source", help="published file; nothing in it is executed")
+    command.add_argument("dest", nargs="?", help="snapshot to write, NAME.safetensors")
+    command.add_argument("--raw", action="store_true", help="the weights of the optimizer, not their average")
+    command.add_argument("--config", help="instead of a snapshot: make a run of this configuration")
+    command.add_argument("--set", nargs="*", default=(), metavar="key=value", help="changes to --config")
+    command.add_argument(
+        "--no-optimizer", action="store_true", help="with --config: begin with fresh moments"
+    )
+    command.add_argument("--images", type=int, help="with --config: images seen at the start")
+
+
+def _convert(source, dest, raw, config, set, no_optimizer, images) -> None:
+    from sivae_fast.config import load_config
+    from sivae_fast.convert import convert, start_run
+
+    if (dest is None) == (config is None):
+        raise ValueError("convert takes either DEST, for a snapshot, or --config, for a run")
+    if dest:
+        print(convert(source, dest, raw=raw))
+    else:
+        settings = load_config(config, set)
+        print(start_run(source, settings, optimizer=not no_optimizer, images=images))
 
 
 if __name__ == "__main__":

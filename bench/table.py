@@ -1,0 +1,65 @@
+"""Fills the table of the README from the files in bench/results/.
+
+    python bench/table.py            rewrites the table
+    python bench/table.py --check    exit code 1 where the README says something else
+
+Each entry of ROWS reads one file; a file that is not there gives a row "not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sivae_fast.files import write_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+START, END = "<!-- table: python bench/table.py -->\n", "<!-- end of table -->"
+
+
+def _step(found: dict) -> str:
+    ratio = found["ratio_to_published"]["minimal"]
+    seconds = found["seconds"]
+    return (
+        f"**{ratio:.2f}** of the published iteration's time ({seconds['minimal']:.2f} s against "
+        f"{seconds['published']:.2f} s, {found['device']}, {found['threads']} thread)"
+    )
+
+
+ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
+    ("style iteration at 64x64, minimal schedule", "step-cpu.json", _step),
+]
+
+
+def table() -> str:
+    lines = ["| what | measured | file |", "|---|---|---|"]
+    for what, name, say in ROWS:
+        path = RESULTS / name
+        text = say(json.loads(path.read_text())) if path.is_file() else "not measured"
+        lines.append(f"| {what} | {text} | [{name}](bench/results/{name}) |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    filled = before + START + table() + END + after
+    if check and filled != text:
+        print("the table of the README is not that of bench/results: run python bench/table.py")
+        return 1
+    if not check:
+        write_text(readme, filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
