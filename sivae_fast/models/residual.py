@@ -44,9 +44,9 @@ class ResidualModel(Model):
     resolution, channels: S and C. widths: channels after each halving, so S must divide by 2 ** len(widths).
     norm: "batch" as published, where the rows of a batch influence each other while training and running
         statistics are used in eval mode (see `sivae_fast.evaluation.batchnorm`); "group" has neither effect.
-    lagged_decoder: the bootstrap variant. A copy of the decoder, never optimised, reconstructs the fakes; the
-        trainer calls `refresh` after every so many epochs (published: each). It begins as a copy, where the
-        published one begins with other random weights and so misleads the first epoch.
+    lagged_decoder: the bootstrap variant. A copy of the decoder, never optimised, reconstructs the fakes; it
+        is taken anew after every `lag_epochs` epochs. The first one is a copy, too, where the published one
+        begins with other random weights and so misleads the first epoch.
     augment: in training the encoder sees its input randomly cut out and moved, see `augmented`.
     condition_size: numbers of a condition [B, condition_size] that both nets take; 0 for none.
     Raises ValueError for sizes that do not fit and for unknown norms.
@@ -60,6 +60,7 @@ class ResidualModel(Model):
         latent_size: int = 128,
         norm: str = "batch",
         lagged_decoder: bool = False,
+        lag_epochs: int = 1,
         augment: bool = False,
         condition_size: int = 0,
     ):
@@ -74,11 +75,13 @@ class ResidualModel(Model):
                 f"resolution is {resolution}, must be a multiple of {2 ** len(widths)}: "
                 f"{len(widths)} widths halve it as often"
             )
-        for option, value in [("channels", channels), ("latent_size", latent_size)]:
+        counts = {"channels": channels, "latent_size": latent_size, "lag_epochs": lag_epochs}
+        for option, value in counts.items():
             if value < 1:
                 raise ValueError(f"{option} is {value}, must be at least 1")
         self.latent_size, self.norm, self.augment = latent_size, norm, augment
-        self.lagged_decoder, self.condition_size = lagged_decoder, condition_size
+        self.lagged_decoder, self.lag_epochs = lagged_decoder, lag_epochs
+        self.condition_size = condition_size
         shape = (widths[-1], final, final)
         self.encoder = Encoder(resolution, channels, widths, shape, latent_size, norm, condition_size)
         self.decoder = Decoder(channels, widths, shape, latent_size, norm, condition_size)
@@ -102,10 +105,14 @@ class ResidualModel(Model):
         decoder = self.target_decoder if self.lagged_decoder else self.decoder
         return decoder(z, self._checked(condition))
 
+    @property
+    def random_encoder(self) -> bool:
+        return self.augment
+
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the decoder's weights and running statistics into the lagged decoder, where there is one."""
-        if self.lagged_decoder:
+    def end_of_epoch(self, epoch: int) -> None:
+        """Copies weights and running statistics into the lagged decoder, where there is one."""
+        if self.lagged_decoder and epoch % self.lag_epochs == 0:
             self.target_decoder.load_state_dict(self.decoder.state_dict())
 
     def encoder_modules(self) -> Iterable[nn.Module]:

@@ -201,8 +201,17 @@ def test_bootstrap_reconstructs_fakes_by_a_copy_that_lags():
             parameter.add_(0.1)
     lagged = model.decode_fake(z)
     assert not torch.allclose(model.decode(z), lagged)
-    model.refresh()
+    model.end_of_epoch(1)
     assert torch.equal(model.eval().decode(z), model.decode_fake(z))
+
+
+def test_the_copy_is_taken_every_so_many_epochs():
+    model = ResidualModel(**SMALL, lagged_decoder=True, lag_epochs=2)
+    with torch.no_grad():
+        model.decoder.fc[0].bias.add_(1)
+    for epoch, same in ((1, False), (2, True)):
+        model.end_of_epoch(epoch)
+        assert torch.equal(model.decoder.fc[0].bias, model.target_decoder.fc[0].bias) is same
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])

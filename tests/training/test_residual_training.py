@@ -1,4 +1,4 @@
-"""The residual model's variants in the one loop: they resume exactly, and the bootstrap's copy lags by epochs."""
+"""The residual model in the one loop: its variants resume exactly, and the copy lags by epochs."""
 
 import copy
 import json
