@@ -65,7 +65,8 @@ class TorchEngine:
             parameter = self.parameters[name]
             self.optimizer.state[parameter] = {
                 "step": _step_tensor(steps, parameter.device),
-                **{key: moments[key].to(parameter).clone() for key in STATE_KEYS},
+                # In the memory layout of the parameter: fused Adam walks both as flat memory.
+                **{key: torch.empty_like(parameter).copy_(moments[key]).detach() for key in STATE_KEYS},
             }
 
     def parameters_changed(self) -> None:

@@ -1,0 +1,54 @@
+"""Schedules as functions of images seen: the published FFHQ values."""
+
+import math
+
+import pytest
+
+from sivae_fast.config import load_config
+from sivae_fast.training.growth import Schedule
+from sivae_fast.training.loop import make_schedule
+from tests.training.conftest import ROOT
+
+EPOCH = 60_000
+
+
+@pytest.fixture
+def ffhq() -> Schedule:
+    return make_schedule(load_config(ROOT / "launch" / "configs" / "ffhq256.yaml"))
+
+
+@pytest.mark.parametrize(
+    "epoch, lod, beta_neg, rate, batch",
+    [
+        (0, 0, 2048, 0.0015, 512),
+        (15.99, 0, 2048, 0.0015, 512),
+        (16, 1, 2048, 0.0015, 256),
+        (32, 2, 2048, 0.0015, 128),
+        (48, 3, 1024, 0.0015, 64),
+        (64, 4, 512, 0.0015, 32),
+        (96, 6, 512, 0.002, 32),
+        (299, 6, 512, 0.002, 32),
+    ],
+)
+def test_published_values_change_exactly_at_the_switch(ffhq, epoch, lod, beta_neg, rate, batch):
+    stage = ffhq.at(int(epoch * EPOCH))
+    assert (stage.lod, stage.beta_neg, stage.learning_rate, stage.batch) == (lod, beta_neg, rate, batch)
+
+
+def test_first_half_of_a_level_is_faded_in(ffhq):
+    assert ffhq.at(0).blend == 1.0
+    assert ffhq.at(16 * EPOCH).blend == 0.0
+    assert ffhq.at(18 * EPOCH).blend == pytest.approx((1 - math.cos(math.pi / 4)) / 2)
+    assert ffhq.at(20 * EPOCH).blend == pytest.approx(0.5)
+    assert ffhq.at(24 * EPOCH).blend == 1.0
+    assert ffhq.at(31 * EPOCH).blend == 1.0
+
+
+def test_drops_multiply_the_rate():
+    schedule = Schedule(batch=4, learning_rate=1e-3, drops=(100, 200))
+    assert [schedule.learning_rate(n) for n in (0, 99, 100, 250)] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-5])
+
+
+def test_too_few_values_name_the_key():
+    with pytest.raises(ValueError, match=r"train.batch has 2 values, the model has 3 levels of detail"):
+        Schedule(levels=3, images_per_level=10, batch=[4, 4], learning_rate=1e-3)
