@@ -70,19 +70,19 @@ def halve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def double(x: Tensor, weight: Tensor) -> Tensor:
-    """Nearest x2, then 3x3 convolution, as one 4x4 transposed convolution of stride 2.
+    """A quarter of: nearest x2, then 3x3 convolution; as one 4x4 transposed convolution of stride 2.
 
-    Equal, borders included, at 4/9 of the multiplications. `weight` [in, out, 3, 3] is that of the transposed
+    Equal, borders included, at 4/9 of the multiplications. The 4x4 kernel is the sum of the four shifts, here
+    their mean: the blur that follows has a gain of 4. `weight` [in, out, 3, 3] is that of the transposed
     convolution: both spatial axes flipped.
     """
-    kernel = F.avg_pool2d(weight, 2, 1, 1, divisor_override=1)
-    return F.conv_transpose2d(x, kernel, stride=2, padding=1)
+    return F.conv_transpose2d(x, F.avg_pool2d(weight, 2, 1, 1), stride=2, padding=1)
 
 
-def blur_kernel(channels: int) -> Tensor:
-    """[1, 2, 1] x [1, 2, 1] / 16 for every channel, [channels, 1, 3, 3]."""
+def blur_kernel(channels: int, gain: float = 1.0) -> Tensor:
+    """[1, 2, 1] x [1, 2, 1] / 16, times `gain`, for every channel: [channels, 1, 3, 3]."""
     row = torch.tensor([0.25, 0.5, 0.25])
-    return torch.outer(row, row).repeat(channels, 1, 1, 1)
+    return gain * torch.outer(row, row).repeat(channels, 1, 1, 1)
 
 
 def blur(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -206,7 +206,7 @@ class DecoderBlock(nn.Module):
         self.bias_2 = per_channel(outputs)
         if index > 0:
             self.conv_1 = Equalized(inputs, outputs, 3, 3, fan_in=9 * inputs)
-            self.register_buffer("blur", blur_kernel(outputs), persistent=False)
+            self.register_buffer("blur", blur_kernel(outputs, gain=4), persistent=False)
         self.style_1 = linear(latent, 2 * outputs, gain=1)
         self.conv_2 = conv3(outputs, outputs)
         self.style_2 = linear(latent, 2 * outputs, gain=1)
