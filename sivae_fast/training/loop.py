@@ -36,7 +36,7 @@ def train(config: Config) -> Path:
     Called once in each process of a launch by deepspeed, torchrun or plain python.
     Raises ConfigError for settings that do not fit together, Diverged when a loss is not finite.
     """
-    kind, zero = _engine_kind(config)
+    kind, zero = engine_kind(config)
     with distributed(kind) as (rank, world, device):
         if rank:
             logger.setLevel(logging.WARNING)
@@ -242,7 +242,7 @@ def _pieces(config: Config, batch: int, world: int) -> int:
     return next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
 
 
-def _engine_kind(config: Config) -> tuple[str, int]:
+def engine_kind(config: Config) -> tuple[str, int]:
     kind, zero = config.engine.kind, config.engine.zero
     if kind != "torch":
         missing = deepspeed_missing()

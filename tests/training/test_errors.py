@@ -3,12 +3,14 @@
 import json
 import shutil
 import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from sivae_fast.checkpoint import save_checkpoint
 from sivae_fast.config import ConfigError, load_config, make_config
+from sivae_fast.training.loop import engine_kind
 from tests.training.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
@@ -126,3 +128,13 @@ def test_checkpoint_of_another_architecture(launch):
     shutil.copytree(small / "checkpoints", large / "checkpoints")
     message = error_of(launch, run__name="large", model__max_channels=16, train__images=96)
     assert "of another architecture" in message and "the model's is" in message
+
+
+def test_missing_deepspeed_is_said_once_or_refused(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    config = load_config(ROOT / "launch" / "configs" / "quickstart.yaml")
+    assert engine_kind(config) == ("torch", 0)
+    assert "DeepSpeed cannot be imported" in caplog.text and "using the torch engine" in caplog.text
+    config = load_config(ROOT / "launch" / "configs" / "quickstart.yaml", ["engine.kind=deepspeed"])
+    with pytest.raises(ConfigError, match="Install it with `pip install deepspeed`"):
+        engine_kind(config)

@@ -1,0 +1,144 @@
+"""Checkpoints are whole or passed over; snapshots rebuild their model; nothing executes anything."""
+
+import json
+
+import pytest
+import torch
+
+import sivae_fast
+from sivae_fast.checkpoint import (
+    CheckpointError,
+    load,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+    save_snapshot,
+)
+from sivae_fast.config import make_config
+from sivae_fast.systems import make_model
+
+SMALL = {"kind": "style", "resolution": 8, "start_channels": 4, "max_channels": 8, "latent_size": 8}
+
+
+@pytest.fixture
+def config():
+    return make_config({"model": SMALL})
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"model/a": torch.full((3, 2), value), "encoder/exp_avg/a": torch.zeros(3, 2)}
+
+
+def test_newest_are_kept_and_read_back(tmp_path):
+    for images in (10, 20, 30, 40):
+        save_checkpoint(tmp_path, images, tensors(images), {"lod": 2}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "0000000030.json", "0000000030.safetensors", "0000000040.json", "0000000040.safetensors",
+    ]  # fmt: skip
+    found, state = load_newest(tmp_path)
+    assert state["images"] == 40 and state["lod"] == 2
+    assert torch.equal(found["model/a"], torch.full((3, 2), 40.0))
+
+
+def kill_before_the_json(path):
+    path.with_suffix(".json").unlink()
+
+
+def truncate_the_json(path):
+    path.with_suffix(".json").write_text('{"format": "sivae')
+
+
+def truncate_the_tensors(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def remove_the_tensors(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [kill_before_the_json, truncate_the_json, truncate_the_tensors, flip_a_bit, remove_the_tensors],
+    ids=lambda function: function.__name__,
+)
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, damage):
+    save_checkpoint(tmp_path, 10, tensors(1.0), {}, keep=3)
+    damage(save_checkpoint(tmp_path, 20, tensors(2.0), {}, keep=3))
+    (tmp_path / ".0000000030.safetensors.77.tmp").write_bytes(b"a write that a kill cut short")
+    found, state = load_newest(tmp_path)
+    assert state["images"] == 10
+    assert torch.equal(found["model/a"], torch.ones(3, 2))
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert load_newest(tmp_path) is None
+    assert load_newest(tmp_path / "nowhere") is None
+
+
+def test_other_formats_are_named(tmp_path):
+    path = save_checkpoint(tmp_path, 10, tensors(1.0), {}, keep=3)
+    state = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**state, "format": "sivae-fast 9"}))
+    with pytest.raises(CheckpointError, match="has format 'sivae-fast 9'"):
+        load_checkpoint(path)
+
+
+def test_snapshot_rebuilds_its_model(tmp_path, config):
+    model = make_model(config).eval()
+    with torch.no_grad():
+        model.dlatent_avg.normal_()
+    save_snapshot(tmp_path / "one.safetensors", model, config, 640, weights="raw")
+    again = sivae_fast.load(tmp_path / "one.safetensors")
+    assert again.images == 640 and again.config == config and not again.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    z = torch.randn(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(again.decode(z, noise="none"), model.decode(z, noise="none"))
+
+
+def test_averaged_and_raw_weights_of_a_run(tmp_path, config):
+    model = make_model(config)
+    state = {f"model/{name}": value for name, value in model.state_dict().items()}
+    average = {f"average/{name}": value + 1 for name, value in model.named_parameters()}
+    run = tmp_path / "00000-run"
+    save_checkpoint(run / "checkpoints", 64, state | average, {"config": config.to_dict()}, keep=3)
+    name = "decoder.const"
+    raw = dict(model.named_parameters())[name]
+    torch.testing.assert_close(dict(load(run).named_parameters())[name], raw + 1)
+    torch.testing.assert_close(dict(load(run, averaged=False).named_parameters())[name], raw)
+
+
+def test_wrong_files_are_named(tmp_path, config):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no checkpoint and no snapshot"):
+        load(tmp_path)
+    (tmp_path / "text.safetensors").write_text("this is no snapshot")
+    with pytest.raises(CheckpointError, match=r"text.safetensors cannot be read"):
+        load(tmp_path / "text.safetensors")
+    other = make_config({"model": {**SMALL, "max_channels": 16}})
+    save_snapshot(tmp_path / "mixed.safetensors", make_model(other), config, 0)
+    with pytest.raises(CheckpointError, match=r"another architecture: .* the model's is"):
+        load(tmp_path / "mixed.safetensors")
+
+
+def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    save_checkpoint(tmp_path, 10, tensors(1.0), {}, keep=3)
+
+    def full(values, path, metadata):
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 20, tensors(2.0), {}, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0000000010.json", "0000000010.safetensors"]
