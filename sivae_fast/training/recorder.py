@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import time
 from pathlib import Path
 
 import torch
@@ -88,7 +89,9 @@ class Recorder:
 
     def _write_tick(self) -> None:
         trainer = self._trainer
+        started = time.perf_counter()
         values = trainer.read_meter()
+        trainer.step_seconds += time.perf_counter() - started  # a GPU still has to catch up here
         trainer.meter.clear()
         if self._run is None:
             return
