@@ -1,0 +1,99 @@
+"""Exported encoders and decoders give what PyTorch gives."""
+
+from __future__ import annotations
+
+import builtins
+
+import numpy as np
+import pytest
+import torch
+
+from sivae_fast import export as exporting
+from sivae_fast.checkpoint import load, save_snapshot
+from sivae_fast.config import make_config
+from sivae_fast.export import export
+from sivae_fast.systems import make_model
+
+STYLE = {"kind": "style", "resolution": 8, "start_channels": 4, "latent_size": 8, "mapping_layers": 2}
+MODELS = {
+    "style": STYLE,
+    "residual": {"kind": "residual", "resolution": 8, "widths": (4, 8), "latent_size": 3},
+    "pointnet": {"kind": "pointnet", "points": 12, "latent_size": 4},
+    "mlp": {"kind": "mlp", "width": 8},
+}
+
+
+def snapshot(path, settings) -> str:
+    config = make_config({"model": settings})
+    model = make_model(config)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "noise" in name or "const" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_snapshot(path / "model.safetensors", model, config, 0)
+    return path / "model.safetensors"
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", ["residual", "pointnet", "mlp", pytest.param("style", marks=SLOW)])
+def test_torch_programs_run_without_the_package(tmp_path, kind):
+    source = snapshot(tmp_path, MODELS[kind])
+    encoder, decoder = export(source, tmp_path / "out", format="torch")
+    model = load(source)
+    z = torch.randn(5, model.latent_size)
+    options = {"noise": "none"} if kind == "style" else {}
+    with torch.no_grad():
+        x = model.decode(z, **options)
+        torch.testing.assert_close(torch.export.load(decoder).module()(z), x, rtol=1e-5, atol=1e-5)
+        mean, logvar = torch.export.load(encoder).module()(x)
+    torch.testing.assert_close(mean, model.encode(x).mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logvar, model.encode(x).logvar, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", ["bump", pytest.param("none", marks=SLOW)])
+def test_onnx_files_run_in_onnxruntime(tmp_path, noise):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    source = snapshot(tmp_path, STYLE)
+    encoder, decoder = export(source, tmp_path / "out", noise=noise)
+    model = load(source)
+    z = torch.randn(4, 8)
+    with torch.no_grad():
+        x = model.decode(z, noise=noise)
+        posterior = model.encode(x)
+    session = runtime.InferenceSession(decoder, providers=["CPUExecutionProvider"])
+    (image,) = session.run(["x_hat"], {"z": z.numpy()})
+    np.testing.assert_allclose(image, x.numpy(), rtol=0, atol=1e-5)
+    session = runtime.InferenceSession(encoder, providers=["CPUExecutionProvider"])
+    mean, logvar = session.run(["posterior_mean", "posterior_logvar"], {"x": x.numpy()})
+    np.testing.assert_allclose(mean, posterior.mean.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logvar, posterior.logvar.numpy(), rtol=0, atol=1e-5)
+
+
+def test_an_export_that_differs_is_not_kept(tmp_path, monkeypatch):
+    source = snapshot(tmp_path, MODELS["mlp"])
+    right = exporting._run_torch
+    monkeypatch.setattr(exporting, "_run_torch", lambda path, x: [y + 0.001 for y in right(path, x)])
+    with pytest.raises(RuntimeError, match=r"encoder\.pt2 differs from PyTorch by 0\.001"):
+        export(source, tmp_path / "out", format="torch")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_wrong_options_and_missing_packages_are_named(tmp_path, monkeypatch):
+    source = snapshot(tmp_path, MODELS["mlp"])
+    with pytest.raises(ValueError, match="format is 'tflite', must be one of onnx, torch"):
+        export(source, tmp_path, format="tflite")
+    with pytest.raises(ValueError, match="noise is 'sample', must be one of none, bump"):
+        export(source, tmp_path, noise="sample")
+    real = builtins.__import__
+
+    def without_onnx(name, *args, **kwargs):
+        if name.startswith("onnx"):
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_onnx)
+    with pytest.raises(ImportError, match="pip install onnx onnxscript onnxruntime"):
+        export(source, tmp_path / "out")
