@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_report(commands)
     _add_convert(commands)
+    _add_export(commands)
     return top
 
 
@@ -289,6 +290,22 @@ def _convert(source, dest, raw, config, set, no_optimizer, images) -> None:
     else:
         settings = load_config(config, set)
         print(start_run(source, settings, optimizer=not no_optimizer, images=images))
+
+
+def _add_export(commands) -> None:
+    command = _command(commands, "export", _export, "Encoder and decoder as ONNX or torch.export files.")
+    command.add_argument("source", help="run folder, checkpoint or snapshot")
+    command.add_argument("folder", help="where the files go")
+    command.add_argument("--format", default="onnx", help="onnx or torch")
+    command.add_argument("--noise", default="none", help="of style models: none or bump")
+    command.add_argument("--raw", action="store_true", help="the weights of the optimizer, not their average")
+
+
+def _export(source, folder, format, noise, raw) -> None:
+    from sivae_fast.export import export
+
+    for path in export(source, folder, format=format, noise=noise, averaged=not raw):
+        print(path)
 
 
 if __name__ == "__main__":
