@@ -40,12 +40,13 @@ def assert_same_run(folder, a, b):
 def test_resumed_run_is_bit_equal(launch, stop_at):
     """run.tick = 24 makes the stop fall within a tick, 40 images an epoch make it fall within an epoch."""
     launch(run__name="whole", run__tick=24)
-    launch(run__name="parts", run__tick=24, train__images=stop_at, growth__images_per_level=40)
+    launch(run__name="parts", run__tick=24, train__images=stop_at)
     launch(run__name="parts", run__tick=24)
     assert newest(launch.folder, "parts")[1]["images"] == 80
-    # The first part ended at train.images, which closes its tick: compare from the next whole tick on.
-    whole = [line for line in stats(launch.folder, "whole") if line["images"] > stop_at + 24]
-    parts = [line for line in stats(launch.folder, "parts") if line["images"] > stop_at + 24]
+    # The first part ended at train.images, which closes its tick: compare from the end of that tick on.
+    tick = (stop_at // 24 + 1) * 24
+    whole = [line for line in stats(launch.folder, "whole") if line["images"] > tick]
+    parts = [line for line in stats(launch.folder, "parts") if line["images"] > tick]
     assert whole and whole == parts
     (first, _), (second, _) = newest(launch.folder, "whole"), newest(launch.folder, "parts")
     for name in first:
