@@ -166,18 +166,23 @@ def main() -> None:
             for name in OBJECTIVES:
                 result, run = measure(name, paths, Path(folder) / "runs", options.images, seed)
                 found[name].append(result)
-                print(name, seed, json.dumps(result["auroc"]), flush=True)
                 if seed == 0:
                     shutil.copy(run / "ood.png", options.out / f"ood-{name.replace('_', '-')}.png")
-    machine = {"cpu": platform.machine(), "threads": 1, "python": platform.python_version()}
+            write(options.out / "ood.json", found, options.images)
+
+
+def write(path: Path, found: dict[str, list[dict]], images: int) -> None:
+    """The results so far; a run that is interrupted keeps the seeds that are complete."""
+    machine = {"machine": platform.machine(), "threads": 1, "python": platform.python_version()}
     document = {
-        "what": "AUROC by score, digits against other sets; mean and half-range over seeds",
-        "images_seen": options.images,
-        "machine": {**machine, "torch": torch.__version__},
+        "what": "AUROC by score, digits against other sets: mean and half-range over seeds",
+        "images_seen": images,
+        "seeds": len(next(iter(found.values()))),
+        "environment": {**machine, "torch": torch.__version__},
         "summary": table(found),
         "runs": found,
     }
-    write_text(options.out / "ood.json", json.dumps(document, indent=1) + "\n")
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
