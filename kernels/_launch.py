@@ -36,16 +36,27 @@ def power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def row_block(elements: int) -> tuple[int, int]:
-    """(elements a program, warps) for rows of images.
+def row_block(elements: int, kind: str, most: int = 4096) -> tuple[int, int]:
+    """(elements a program, at most `most`; warps) for rows of images.
 
     Five bf16 images at 4096 elements and 8 warps leave 42 registers a thread in the reduction and 64 in the
-    gradients on Hopper: five and four programs a multiprocessor, each thread with ten 16-byte loads under
-    way.
+    gradients on Hopper: five and four programs a multiprocessor, ten 16-byte loads under way in each thread.
+    Cross-entropies need registers for their logarithms and take half as many elements.
     """
-    block = min(max(power_of_2(elements), 128), 4096)
-    return block, max(block // 512, 1)
+    largest = 2048 if kind.startswith("bce") else most
+    block = min(max(power_of_2(elements), 128), largest)
+    return block, _warps(8 * block // largest)
 
 
 def latent_block(latents: int) -> int:
     return min(max(power_of_2(latents), 32), 1024)
+
+
+def latent_warps(block: int) -> int:
+    """Eight latents a thread: 16 bytes of bf16."""
+    return _warps(block // 256)
+
+
+def _warps(nvidia: int) -> int:
+    """Warps of 32 threads, or half as many wavefronts of 64."""
+    return max(nvidia // 2 if torch.version.hip else nvidia, 1)

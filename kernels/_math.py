@@ -28,6 +28,36 @@ def log1p(value):
 
 
 @triton.jit
+def expm1(value):
+    """exp(value) - 1 without the cancellation of the naive form near 0."""
+    total = tl.exp(value)
+    near = tl.abs(value) < 0.5
+    exact = total == 1.0
+    ratio = value / tl.log(tl.where(near & (total != 1.0), total, 2.0))
+    return tl.where(near, tl.where(exact, value, (total - 1.0) * ratio), total - 1.0)
+
+
+@triton.jit
+def uniform(bits):
+    """[0, 1) of 32 random bits, read as a signed number without its sign."""
+    signed = bits.to(tl.int32, bitcast=True)
+    return tl.where(signed < 0, -signed - 1, signed).to(tl.float32) * 4.6566127342e-10
+
+
+@triton.jit
+def normal(seed, index):
+    """Standard normal numbers at `index` of the Philox stream of `seed`, as `philox.normal` defines them."""
+    first, second, _, _ = tl.randint4x(seed, index)
+    first = uniform(first)
+    half = 3.14159265358979 * (uniform(second) - 0.5)
+    # -cos(2 half) by the sine of the half angle: a polynomial, since tl.cos spills for large arguments
+    s = half * half
+    sine = half * (1 + s * (-1 / 6 + s * (1 / 120 + s * (-1 / 5040 + s * (1 / 362880 - s / 39916800)))))
+    radius = tl.sqrt(-2.0 * tl.log(tl.where(first < 1e-7, 1e-7, first)))
+    return radius * (2.0 * sine * sine - 1.0)
+
+
+@triton.jit
 def cut_log(value):
     """Logarithms are cut at -100, as in torch.nn.functional.binary_cross_entropy."""
     return tl.where(value < -100.0, -100.0, value)
@@ -91,7 +121,7 @@ def prediction_gradient(x, y, KIND: tl.constexpr, delta):
 def kl_element(mean, logvar, prior_mean, prior_logvar):
     d = mean - prior_mean
     ratio = logvar - prior_logvar
-    return 0.5 * (tl.exp(ratio) + d * d * tl.exp(-prior_logvar) - 1.0 - ratio)
+    return 0.5 * (expm1(ratio) - ratio + d * d * tl.exp(-prior_logvar))
 
 
 @triton.jit

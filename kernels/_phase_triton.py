@@ -25,6 +25,7 @@ from ._math import (
     LINEAR,
     clamped,
     element_error,
+    expm1,
     kl_element,
     member_slope,
     member_statistic,
@@ -238,7 +239,7 @@ def _store_logvar_gradient(logvars, gradient, slope, z, prior_logvar, low, high,
     for start in range(0, z, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         logvar = tl.load(logvars + offsets, offsets < z, 0.0).to(tl.float32)
-        value = 0.5 * slope * (tl.exp(clamped(logvar, low, high) - prior_logvar) - 1.0)
+        value = 0.5 * slope * expm1(clamped(logvar, low, high) - prior_logvar)
         value = tl.where((logvar < low) | (logvar > high), 0.0, value)
         tl.store(gradient + offsets, value.to(gradient.dtype.element_ty), offsets < z)
 
@@ -309,7 +310,7 @@ def reduce(batch: Batch, weights: Tensor, formula: Formula) -> tuple[Tensor, Ten
     """As `closed_form.reduce`, in one launch and one that clears the counters."""
     first = batch.tensors[0]
     samples, sources = len(first), len(batch.layout) // WIDTH.value
-    n, z, chunks, block, warps = _shape(batch, with_images=True)
+    n, z, chunks, block, warps = _shape(batch, formula)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=first.device)
     statistics, coefficients, loss = new(3, sources, samples), new(2, sources, samples), new()
     counters = torch.zeros(samples + 1, dtype=torch.int32, device=first.device)
@@ -340,7 +341,7 @@ def apply(
     for tensors in batch[:4]:
         parts.append(tuple(gradients[start : start + len(tensors)]))
         start += len(tensors)
-    n, z, chunks, block, warps = _shape(batch, with_images=any(needs[: len(batch.images)]))
+    n, z, chunks, block, warps = _shape(batch, formula, sum(needs[: len(batch.images)]))
     with on_device(first):
         apply_kernel[(samples * (chunks + 1),)](
             *_rows(batch.images), parts[0], *_rows(batch.means), parts[1], *_rows(batch.logvars), parts[2],
@@ -355,8 +356,9 @@ def _rows(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     return tuple(tensors), tuple(tensor.stride(0) for tensor in tensors)
 
 
-def _shape(batch: Batch, with_images: bool) -> tuple[int, int, int, int, int]:
-    n = batch.images[0].shape[1] if batch.images and with_images else 0
+def _shape(batch: Batch, formula: Formula, gradients: int | None = None) -> tuple[int, int, int, int, int]:
+    """(N, Z, programs for the images of a sample, elements of each, warps); `gradients`: of images."""
+    n = batch.images[0].shape[1] if batch.images and gradients != 0 else 0
     z = batch.means[0].shape[1] if batch.means else 0
-    block, warps = row_block(n)
+    block, warps = row_block(n, formula.kind, most=4096 if (gradients or 0) <= 4 else 2048)
     return n, z, -(-n // block), block, warps

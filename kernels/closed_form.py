@@ -74,19 +74,30 @@ def _errors(batch: Batch, formula: Formula, dtype: torch.dtype) -> list[Tensor |
         x, y = (torch.stack([_as(dtype, image) for image in side]) for side in zip(*pairs, strict=True))
         sums = iter(_element_errors(x, y, formula).sum(2).unbind())
     else:
-        sums = (_pair_errors(*pair, formula, dtype) for pair in pairs)
+        sums = (pair_errors(*pair, formula, dtype) for pair in pairs)
     return [
         next(sums) if target >= 0 else _as(dtype, batch.errors[error]) if error >= 0 else None
         for _, target, _, _, error in batch.sources
     ]
 
 
-def _pair_errors(x: Tensor, y: Tensor, formula: Formula, dtype: torch.dtype) -> Tensor:
+def pair_errors(x: Tensor, y: Tensor, formula: Formula, dtype: torch.dtype | None = None) -> Tensor:
     """r [B] of rows, one at a time where they are long."""
+    dtype = dtype or compute_dtype(x, y)
     if x.shape[1] < _LARGE:
         return _element_errors(_as(dtype, x), _as(dtype, y), formula).sum(1)
     pairs = zip(x, y, strict=True)
     return torch.stack([_element_errors(_as(dtype, a), _as(dtype, b), formula).sum() for a, b in pairs])
+
+
+def pair_gradients(
+    x: Tensor, y: Tensor, upstream: Tensor, needs: Sequence[bool], formula: Formula
+) -> list[Tensor | None]:
+    """Gradients of `pair_errors` by x and y, where needed; upstream [B]."""
+    gradients: list[Tensor | None] = [None, None]
+    by_r = upstream.to(compute_dtype(x, y))[:, None]
+    _add_pair(gradients, needs, [x, y], (0, 1), by_r, formula)
+    return [None if g is None else _as(t.dtype, g) for g, t in zip(gradients, (x, y), strict=True)]
 
 
 def _element_errors(x: Tensor, y: Tensor, formula: Formula) -> Tensor:

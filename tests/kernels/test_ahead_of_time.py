@@ -1,0 +1,176 @@
+"""Every launch compiled for GPUs that are not here: no spills, no doubles, 16-byte accesses, register ceilings.
+
+The launchers run on CPU tensors with the kernels replaced by recorders; what they would have launched is compiled
+for each target, with the specialisation that Triton itself would choose.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from sivae_fast.kernels._batch import Batch, Formula
+from sivae_fast.kernels.reference import RECONSTRUCTIONS, Member
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from sivae_fast.kernels import _parts_triton, _phase_triton  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: Registers a thread: of the usual bf16 encoder phase, and of anything else.
+REGISTERS = {
+    "reduce_kernel": (48, 128),
+    "apply_kernel": (64, 128),
+    "error_kernel": (32, 56),
+    "error_gradient_kernel": (40, 64),
+    "sample_kernel": (104, 104),
+    "sample_gradient_kernel": (96, 96),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SAMPLES, LATENTS = 4, 512
+
+
+@pytest.fixture(params=TARGETS)
+def compiled(request, monkeypatch):
+    """A function that compiles the launches of a call for the target: [(kernel name, artifact), ...]."""
+    target = TARGETS[request.param]
+    ghost = type("Ghost", (), {"get_current_target": lambda self: target})()
+    ghost.get_current_device = ghost.get_current_stream = lambda *_: 0
+    launches = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append((self.kernel, args, options))
+
+    for module in (_phase_triton, _parts_triton):
+        for name in REGISTERS:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
+
+    def compile_call(call):
+        launches.clear()
+        monkeypatch.setattr(torch.version, "hip", "6" if request.param == "gfx942" else None)
+        call()
+        monkeypatch.setattr(triton.runtime.driver, "_active", ghost)
+        try:
+            artifacts = []
+            for kernel, args, options in launches:
+                kernel.device_caches.clear()
+                artifacts.append((kernel.__name__, kernel.warmup(*args, grid=(1,), **options)))
+                kernel.device_caches.clear()
+        finally:
+            monkeypatch.undo()
+        return request.param, artifacts
+
+    return compile_call
+
+
+def phase_launches(dtype, members=(0, 1, 1), kind="sse", elements=196608, everything=False):
+    """Both launches of an encoder phase x -> rec -> rec_rec, fake -> rec_fake, or of one source alone."""
+    images = [torch.zeros(SAMPLES, elements, dtype=dtype) for _ in range(5)]
+    latents = [torch.zeros(SAMPLES, LATENTS) for _ in range(3)]
+    layout = [(members[0], 0, 1, 0, -1), (members[-1], 1, 2, 1, -1), (members[-1], 3, 4, 2, -1)]
+    batch = Batch(images, latents, latents, [], tuple(number for row in layout for number in row))
+    formula = Formula.of(kind, 1.0, 1.0, float("-inf"), float("inf"))
+    needs = [True] * 11 if everything else [False, True, True, False, True, *[True] * 6]
+    _, _, coefficients = _phase_triton.reduce(batch, torch.zeros(4, 3), formula)
+    _phase_triton.apply(batch, coefficients, torch.ones(()), needs, formula)
+
+
+def sample_launches(dtype, noise=True, prior=False):
+    mean = torch.zeros(SAMPLES, LATENTS, dtype=dtype)
+    inputs = mean, mean, mean if noise else None, None if noise else torch.zeros(1, dtype=torch.int64)
+    priors = (mean, mean) if prior else (None, None)
+    numbers = (0.0, float("-inf"), float("inf"))
+    _, kl = _parts_triton.sample(*inputs, priors, numbers)
+    needs = (True, True, noise, prior, prior)
+    _parts_triton.sample_gradients(*inputs, priors, mean, kl, needs, numbers)
+
+
+def error_launches(dtype, kind):
+    pair = torch.zeros(2, SAMPLES, 196608, dtype=dtype).unbind()
+    error = _parts_triton.errors(*pair, kind, 1.0)
+    _parts_triton.error_gradients(*pair, error, (True, True), kind, 1.0)
+
+
+def within_budget(result, wide=(), ceiling=1):
+    target, artifacts = result
+    for name, artifact in artifacts:
+        if target == "gfx942":
+            listing = artifact.asm["amdgcn"]
+            counts = dict(
+                re.findall(r"\.(\w+_spill_count|private_segment_fixed_size|vgpr_count): +(\d+)", listing)
+            )
+            assert counts["vgpr_spill_count"] == counts["sgpr_spill_count"] == "0", name
+            assert counts["private_segment_fixed_size"] == "0", name
+            assert int(counts["vgpr_count"]) <= REGISTERS[name][1], (name, counts)
+            assert "_f64" not in listing, name
+            loads, stores = (bool(re.search(rf"_{op}_(dwordx4|b128)", listing)) for op in ("load", "store"))
+        else:
+            listing, usage = artifact.asm["ptx"], resources(artifact.asm["cubin"])
+            assert usage["STACK"] == usage["LOCAL"] == 0, (name, usage)
+            assert usage["REG"] <= REGISTERS[name][ceiling], (name, usage)
+            assert ".f64" not in listing, name
+            assert not re.search(r"(atom|red)\.\S*\.(f16|f32|bf16)", listing), name
+            loads, stores = (bool(re.search(rf"{op}\.global\S*\.v4\.b32", listing)) for op in ("ld", "st"))
+        assert loads >= (name in wide), name
+        assert stores >= (name in wide and name not in ("reduce_kernel", "error_kernel")), name
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
+
+
+IMAGES = ("reduce_kernel", "apply_kernel", "error_kernel", "error_gradient_kernel")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_encoder_phase(compiled, dtype):
+    ceiling = 1 if dtype == "fp32" else 0
+    within_budget(compiled(lambda: phase_launches(DTYPES[dtype])), IMAGES, ceiling)
+
+
+@pytest.mark.parametrize("kind", RECONSTRUCTIONS)
+def test_every_error_in_a_phase(compiled, kind):
+    within_budget(compiled(lambda: phase_launches(torch.bfloat16, kind=kind, everything=True)), IMAGES)
+
+
+@pytest.mark.parametrize("member", Member)
+def test_every_member(compiled, member):
+    within_budget(compiled(lambda: phase_launches(torch.bfloat16, members=(0, int(member)))), IMAGES)
+
+
+@pytest.mark.parametrize("elements", [7, 4551])
+def test_sizes_that_do_not_divide(compiled, elements):
+    within_budget(compiled(lambda: phase_launches(torch.bfloat16, elements=elements)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [*(("bf16", kind) for kind in RECONSTRUCTIONS), ("fp16", "sse"), ("fp32", "sse")]
+)
+def test_errors(compiled, dtype, kind):
+    within_budget(compiled(lambda: error_launches(DTYPES[dtype], kind)), IMAGES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"noise": False}, {"prior": True}], ids=["noise", "seed", "prior"])
+def test_samples(compiled, dtype, options):
+    wide = ("sample_kernel", "sample_gradient_kernel")
+    within_budget(compiled(lambda: sample_launches(DTYPES[dtype], **options)), wide)

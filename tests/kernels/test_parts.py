@@ -1,0 +1,169 @@
+"""Sample with KL and reconstruction errors on the CPU: definitions, gradients, the operators' contract."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
+
+from sivae_fast.kernels import reference
+from sivae_fast.kernels.gaussian import gaussian_kl, reparameterize, sample_and_kl
+from sivae_fast.kernels.philox import _bits, normal
+from sivae_fast.kernels.reconstruction import reconstruction_error
+
+
+def doubles(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def test_kl_is_that_of_the_distributions():
+    mean, logvar, m, v = doubles((3, 6), (3, 6), (6,), (6,))
+    q, p = Normal(mean, (0.5 * logvar).exp()), Normal(m, (0.5 * v).exp())
+    torch.testing.assert_close(
+        gaussian_kl(mean, logvar, prior_mean=m, prior_logvar=v), kl_divergence(q, p).sum(1)
+    )
+    narrow = Normal(torch.zeros(6).double(), 0.2)
+    torch.testing.assert_close(gaussian_kl(mean, logvar, prior_std=0.2), kl_divergence(q, narrow).sum(1))
+
+
+def test_known_kl():
+    """Values that an independent implementation printed in double precision."""
+
+    def fill(t, *shape):
+        j = torch.arange(torch.Size(shape).numel())
+        return (2 * ((7919 * j + 104729 * t + 13) % 1009).double() / 1008 - 1).view(shape)
+
+    kl = gaussian_kl(fill(3, 2, 16), fill(4, 2, 16))
+    torch.testing.assert_close(
+        kl, torch.tensor([4.19906758323, 4.14953369873], dtype=torch.float64), rtol=1e-11, atol=0
+    )
+    error = reconstruction_error(fill(5, 2, 3, 4, 4), fill(6, 2, 3, 4, 4))
+    torch.testing.assert_close(error, torch.full((2,), 31.731473608, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("bounds", [None, (-0.5, 0.5)])
+def test_gradients_of_sample_and_kl(bounds):
+    tensors = doubles(*[(3, 4)] * 3, (4,), (3, 4))
+    both = lambda mean, logvar, noise, m, v: sample_and_kl(
+        mean, logvar, noise, prior_mean=m, prior_logvar=v, logvar_clamp=bounds
+    )
+    assert torch.autograd.gradcheck(both, tensors)
+    assert torch.autograd.gradcheck(lambda m, v: gaussian_kl(m, v, prior_std=0.3), tensors[:2])
+    seeded = lambda m, v: sample_and_kl(m, v, seed=torch.tensor([5]), logvar_clamp=bounds)
+    assert torch.autograd.gradcheck(seeded, tensors[:2])
+    assert torch.autograd.gradcheck(lambda *t: reparameterize(*t, logvar_clamp=bounds), tensors[:3])
+
+
+@pytest.mark.parametrize("kind", reference.RECONSTRUCTIONS)
+def test_gradients_of_errors(kind):
+    generator = torch.Generator().manual_seed(1)
+    pair = [torch.rand(3, 2, 2, generator=generator).double().requires_grad_() for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda *t: reconstruction_error(*t, kind, 0.3), pair)
+
+
+def test_errors_are_those_of_pytorch():
+    x, y = torch.rand(2, 4, 3, 5).unbind()
+    known = {
+        "sse": F.mse_loss(y, x, reduction="none"),
+        "l1": F.l1_loss(y, x, reduction="none"),
+        "huber": F.huber_loss(y, x, reduction="none", delta=0.4),
+        "bce": F.binary_cross_entropy(y, x, reduction="none"),
+        "bce_logits": F.binary_cross_entropy_with_logits(y, x, reduction="none"),
+    }
+    for kind, errors in known.items():
+        torch.testing.assert_close(reconstruction_error(x, y, kind, 0.4), errors.flatten(1).sum(1))
+
+
+def test_gradient_of_certain_probabilities_is_that_of_pytorch():
+    x = torch.tensor([[0.0, 1.0, 1.0, 0.5]])
+    y = torch.tensor([[0.0, 1.0, 0.0, 1.0]], requires_grad=True)
+    (got,) = torch.autograd.grad(reconstruction_error(x, y, "bce").sum(), y)
+    (want,) = torch.autograd.grad(F.binary_cross_entropy(y, x, reduction="sum"), y)
+    torch.testing.assert_close(got, want)
+
+
+def test_philox_against_its_published_vectors():
+    """Known answers of Philox 4x32-10: counter and key of zeros, and of ones (Random123, kat_vectors)."""
+    first, second = _bits(torch.tensor(0), torch.tensor([0]))
+    assert (first.item(), second.item()) == (0x6627E8D5, 0xE169C58D)
+
+
+def test_philox_is_standard_normal():
+    numbers = normal(torch.tensor([42]), torch.Size([200_000])).double()
+    assert abs(numbers.mean()) < 0.01 and abs(numbers.std() - 1) < 0.01
+    quantiles = numbers.quantile(torch.tensor([0.025, 0.5, 0.975]).double())
+    torch.testing.assert_close(quantiles, torch.tensor([-1.96, 0.0, 1.96]).double(), rtol=0, atol=0.03)
+    assert abs((numbers[1:] * numbers[:-1]).mean()) < 0.01
+
+
+def test_dtypes_and_shapes():
+    mean, logvar = torch.randn(2, 4, 3, 2).to(torch.bfloat16).unbind()
+    z, kl = sample_and_kl(mean, logvar, torch.randn(4, 3, 2))
+    assert z.dtype == torch.bfloat16 and z.shape == mean.shape
+    assert kl.dtype == torch.float32 and kl.shape == (4,)
+    assert reconstruction_error(mean, mean.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["gaussian", "reconstruction_error"])
+def test_operators_pass_opcheck(name):
+    forward, backward = (getattr(torch.ops.sivae_fast, n).default for n in (name, f"{name}_backward"))
+    if name == "gaussian":
+        tensors, plan, numbers, kind = doubles(*[(3, 4)] * 5), [1, 0, 1], [0.0, -9.0, 9.0], ""
+        upstream, needs = doubles((3, 4), (3,)), [True] * 7
+    else:
+        tensors, plan, numbers, kind = doubles(*[(3, 2, 4)] * 2), [0], [1.0], "sse"
+        upstream, needs = doubles((3,)), [True] * 3
+    torch.library.opcheck(forward, (tensors, [], plan, numbers, kind))
+    plain = [t.detach() for t in tensors]
+    upstream = [t.detach() for t in upstream]
+    torch.library.opcheck(backward, (upstream, plain, [], [], needs, plan, numbers, kind))
+
+
+def test_second_derivatives_are_refused():
+    mean, logvar = doubles((2, 3), (2, 3))
+    (gradient,) = torch.autograd.grad(gaussian_kl(mean, logvar).sum(), mean, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        gradient.sum().backward()
+
+
+MEAN = torch.zeros(2, 3)
+WRONG = {
+    "no noise": (lambda: sample_and_kl(MEAN, MEAN), ValueError, "noise and seed: exactly one"),
+    "both": (lambda: sample_and_kl(MEAN, MEAN, MEAN, seed=torch.tensor([1])), ValueError, "exactly one"),
+    "noise": (lambda: sample_and_kl(MEAN, MEAN, MEAN[:, :1]), ValueError, r"noise has shape \[2, 1\], mean"),
+    "seed": (lambda: sample_and_kl(MEAN, MEAN, seed=MEAN), ValueError, "must be one int64 number on cpu"),
+    "prior": (lambda: gaussian_kl(MEAN, MEAN, prior_mean=MEAN), ValueError, "give both or none"),
+    "two priors": (
+        lambda: gaussian_kl(MEAN, MEAN, prior_mean=MEAN, prior_logvar=MEAN, prior_std=2.0),
+        ValueError,
+        "prior_std is 2.0, must be left out",
+    ),
+    "prior type": (
+        lambda: gaussian_kl(MEAN, MEAN, prior_mean=1, prior_logvar=2),
+        TypeError,
+        "prior_mean must be",
+    ),
+    "prior_std": (
+        lambda: gaussian_kl(MEAN, MEAN, prior_std=-1.0),
+        ValueError,
+        "prior_std is -1.0, must be pos",
+    ),
+    "kind": (
+        lambda: reconstruction_error(MEAN, MEAN, "mse"),
+        ValueError,
+        "kind is 'mse', must be one of sse, l1",
+    ),
+    "delta": (
+        lambda: reconstruction_error(MEAN, MEAN, "huber", 0.0),
+        ValueError,
+        "huber_delta is 0.0, must be",
+    ),
+    "integers": (lambda: reconstruction_error(MEAN.int(), MEAN), TypeError, "target is torch.int32, must be"),
+    "shapes": (lambda: reconstruction_error(MEAN, MEAN[:1]), ValueError, r"prediction has shape \[1, 3\]"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
