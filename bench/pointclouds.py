@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         jsd = sampling_jsd(lambda count, draw, model=model: sample(model, count, draw), test.points)
         curve.append({"images": model.images, "jsd": jsd})
         print(f"{model.images:>8,} images  JSD {jsd:.4f}", flush=True)
-    reference = test.points[:: max(1, len(test.points) // 30)]
+    reference = test.points[:: max(1, len(test.points) // 60)]
     result = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "objective": model.config.objective.model_dump(mode="json"),
