@@ -68,7 +68,12 @@ def main() -> None:
         row["mean"] = sum(row[density] for density in DENSITIES) / len(DENSITIES)
         found.append(row)
         found.sort(key=lambda row: row["mean"])
-        record = {"command": "python bench/density_grid.py", "schedule": SHORT, "settings": found}
+        record = {
+            "command": "python bench/density_grid.py",
+            "schedule": SHORT,
+            "of": len(settings),
+            "settings": found,
+        }
         write_text(RESULT, json.dumps(record, indent=1) + "\n")
         print(f"{i + 1}/{len(settings)}", row)
 
