@@ -68,10 +68,10 @@ def _clouds(picture, rng, light, horizon, shore) -> None:
 def _peaks(picture, rng, shore, sun, colours, bright) -> None:
     """A large mountain with a smaller one on each side, lit from where the sun stands, with snow."""
     above, horizon, light, rock = colours
-    x0 = rng.uniform(0.42, 0.91)
+    x0 = rng.uniform(0.5, 0.83)
     tops = np.array([x0 - rng.uniform(0.38, 0.46), x0, x0 + rng.uniform(0.38, 0.46)], np.float32)
-    heights = np.array([rng.uniform(0.16, 0.22), rng.uniform(0.36, 0.5), rng.uniform(0.16, 0.22)], np.float32)
-    steep = rng.uniform(0.75, 1.05)
+    heights = np.array([rng.uniform(0.16, 0.22), rng.uniform(0.38, 0.5), rng.uniform(0.16, 0.22)], np.float32)
+    steep = rng.uniform(0.8, 1.0)
     tents = heights[:, None] - steep * np.abs(_X - tops[:, None])
     which = tents.argmax(0)
     wave = which.astype(np.float32)
@@ -85,7 +85,7 @@ def _peaks(picture, rng, shore, sun, colours, bright) -> None:
     snowy = _cover(snow_line - (_Y - (shore - heights[which]))) * (which == 1)
     snow = (rock + above) * 0.3 + 0.3 + (light * 0.98 - (rock + above) * 0.3 - 0.3) * lit[..., None]
     colour = colour + (snow - colour) * snowy[..., None]
-    haze = np.clip(depth / 0.35, 0, 1) * 0.55
+    haze = np.clip(depth / 0.35, 0, 1) * 0.35
     colour = colour + (horizon - colour) * haze[..., None]
     _lay(picture, colour, _cover(depth))
 
