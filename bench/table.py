@@ -32,11 +32,13 @@ def _step(found: dict) -> str:
 
 def _loader(found: dict, kind: str) -> str:
     rows = found["rows"]
-    ours, theirs = rows[f"{kind} 256, DALI"], rows[f"{kind} 256, DataLoader (processes)"]
+    ours, theirs = (
+        rows[f"{kind} 256, {name}"]["images_per_cpu_second"] for name in ("DALI", "DataLoader (processes)")
+    )
     ratio = found["ratios"][f"{kind}: DALI / DataLoader (processes)"]
     return (
         f"**{ratio['wall']:.2f}** times the images/s ({ratio['cpu']:.2f} times per core second: "
-        f"{ours['images_per_cpu_second']:.0f} against {theirs['images_per_cpu_second']:.0f}; 2 busy CPU cores)"
+        f"{ours:.0f} against {theirs:.0f}; 2 busy CPU cores)"
     )
 
 

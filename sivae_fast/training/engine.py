@@ -225,8 +225,7 @@ def distributed(kind: str) -> Iterator[tuple[int, int, torch.device]]:
     else:
         device = torch.device("cpu")
     if world > 1 or kind == "deepspeed":
-        for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            os.environ.setdefault(key, value)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, plain python does not set it
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, **store)

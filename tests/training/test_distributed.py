@@ -57,6 +57,14 @@ def test_two_ranks_equal_one(launch, start, kind, zero):
         torch.testing.assert_close(averages[1][name], averages[0][name], rtol=1e-3, atol=2e-4)
 
 
+def test_deepspeed_under_plain_python(launch, start):
+    launch(run__name="one")
+    launch(run__name="deepspeed", engine__kind="deepspeed", engine__zero=1)
+    assert (
+        largest_difference(weights(launch.folder, "one"), weights(launch.folder, "deepspeed"), start) < FLOOR
+    )
+
+
 def test_accumulation_on_two_ranks_equals_one(launch, start):
     launch(run__name="one")
     launch(ranks=2, run__name="two", train__micro_batch=4)
