@@ -9,8 +9,12 @@ from importlib import import_module
 
 _HOME = {
     "Posterior": "contract",
-    "load": "checkpoint",
-    **dict.fromkeys(["IntroVAE", "LinearIntroVAE", "Loss", "SoftIntroVAE", "Term", "VAE"], "objectives"),
+    **dict.fromkeys(
+        ["IntroVAE", "LinearIntroVAE", "Loss", "SoftIntroVAE", "Term", "VAE", "check_statistics"],
+        "objectives",
+    ),
+    **dict.fromkeys(["gaussian_kl", "reparameterize", "sample_and_kl"], "kernels.gaussian"),
+    "reconstruction_error": "kernels.reconstruction",
 }
 __all__ = [*_HOME]
 

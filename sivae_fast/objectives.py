@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sivae_fast.contract import Posterior
-from sivae_fast.kernels import reference
+from sivae_fast.kernels import gaussian, reference
 from sivae_fast.kernels.introspective import phase
 from sivae_fast.kernels.reference import Member, Source
 
@@ -54,6 +54,26 @@ class Loss(NamedTuple):
     statistics: dict[str, Tensor]
 
 
+def check_statistics(statistics: Mapping[str, Tensor]) -> None:
+    """Raises FloatingPointError that names batch, part and sample of the first statistic that is not finite.
+
+    statistics: as in `Loss`, [B] each. Waits for the device.
+    """
+    causes = {
+        "rec": "its target or prediction holds NaN or Inf, or a target outside [0, 1] under a cross-entropy",
+        "kl": "its mean or log-variance holds NaN or Inf, or a log-variance above 88",
+    }
+    for name, values in statistics.items():
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            part, _, batch = name.rpartition("_")
+            cause = causes.get(part, "see its rec and kl")
+            raise FloatingPointError(
+                f"{name} is {values[bad[0]].item()} for sample {bad[0]} of the batch {batch!r} "
+                f"({len(bad)} of {len(values)} samples): {cause}"
+            )
+
+
 class Objective(nn.Module):
     """What all objectives share; use one of the classes below.
 
@@ -63,6 +83,9 @@ class Objective(nn.Module):
     huber_delta: where the Huber error turns from quadratic to linear, positive.
     logvar_clamp: (low, high) bounds on the log-variance, also in `reparameterize`, or None.
     fakes: weight of each fake source by name, in the order in which the phases take them; they sum to 1.
+    check: look at every phase's statistics and raise FloatingPointError where one is NaN or infinite. Waits
+    for
+        the device in every phase, and does nothing inside torch.compile: for debugging.
 
     Gradients flow to every tensor of a term that requires them: the caller detaches what is to be detached.
     Statistics: `rec_<source>` and `kl_<source>` for the source "real" and every fake source of a phase,
@@ -87,6 +110,7 @@ class Objective(nn.Module):
         huber_delta: float = 1.0,
         logvar_clamp: tuple[float, float] | None = None,
         fakes: Mapping[str, float] | None = None,
+        check: bool = False,
         **weights: float,
     ):
         super().__init__()
@@ -95,6 +119,7 @@ class Objective(nn.Module):
         self.reconstruction = _one_of("reconstruction", reconstruction, reference.RECONSTRUCTIONS)
         self.logvar_clamp = _bounds("logvar_clamp", logvar_clamp)
         self.fakes = _shares("fakes", {"rec": 0.5, "fake": 0.5} if fakes is None else fakes)
+        self.check = check
         for name, value in weights.items():
             super().__setattr__(name, self._checked(name, value))
         for name, rows in self._tables().items():
@@ -117,7 +142,7 @@ class Objective(nn.Module):
 
     def reparameterize(self, posterior: Posterior, eps: Tensor) -> Tensor:
         """z = mean + exp(logvar / 2) eps, in the dtype of the mean; eps: standard normal numbers [B, ...]."""
-        return reference.reparameterize(posterior.mean, posterior.logvar, eps, self.logvar_clamp)
+        return gaussian.reparameterize(posterior.mean, posterior.logvar, eps, logvar_clamp=self.logvar_clamp)
 
     def _tables(self) -> dict[str, list[list[float]]]:
         """Rows a, b, p, q of `kernels.reference.Member` for each phase, one row a source."""
@@ -158,6 +183,8 @@ class Objective(nn.Module):
                 statistics[f"kl_{name}"] = columns[count + i]
             if statistic and i:
                 statistics[f"{statistic}_{name}"] = columns[2 * count + i]
+        if self.check and not torch.compiler.is_compiling():
+            check_statistics(statistics)
         return Loss(loss, statistics)
 
     def _table(self, name: str, device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
-"""Every launch compiled for GPUs that are not here: no spills, no doubles, 16-byte accesses, register ceilings.
+"""Every launch compiled for GPUs that are not here: no spills, no doubles, 16-byte accesses, register
+ceilings.
 
-The launchers run on CPU tensors with the kernels replaced by recorders; what they would have launched is compiled
-for each target, with the specialisation that Triton itself would choose.
+The launchers run on CPU tensors with the kernels replaced by recorders; what they would have launched is
+compiled for each target, with the specialisation that Triton itself would choose.
 """
 
 import re

@@ -1,4 +1,5 @@
-"""A phase on the CPU: the definition against the formulas written out, the operator against the definition."""
+"""A phase on the CPU: the definition against the formulas written out, the operator against the
+definition."""
 
 import pytest
 import torch

@@ -1,0 +1,283 @@
+"""The objectives: published formulas, weights that change, compilation, errors."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sivae_fast import VAE, IntroVAE, LinearIntroVAE, Posterior, SoftIntroVAE, Term, check_statistics
+
+
+def batch(seed=0, dtype=torch.float64, samples=4):
+    """Real, rec and fake terms of an encoder phase, x -> rec -> rec_rec and fake -> rec_fake."""
+    generator = torch.Generator().manual_seed(seed)
+    new = lambda *shape: torch.randn(samples, *shape, generator=generator, dtype=dtype).requires_grad_()
+    x, rec, rec_rec, fake, rec_fake = (new(3, 4, 4) for _ in range(5))
+    posteriors = [Posterior(new(6), new(6)) for _ in range(3)]
+    pairs = ((x, rec), (rec, rec_rec), (fake, rec_fake))
+    return [Term(*pair, posterior) for pair, posterior in zip(pairs, posteriors, strict=True)]
+
+
+def sse(term):
+    return (term.target - term.prediction).square().sum((1, 2, 3))
+
+
+def kl(term):
+    mean, logvar = term.posterior
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1)
+
+
+def same(loss, want):
+    torch.testing.assert_close(loss.loss, want, rtol=1e-12, atol=0)
+
+
+def test_soft_intro_vae():
+    real, rec, fake = batch()
+    objective = SoftIntroVAE(beta_rec=0.5, beta_kl=0.8, beta_neg=3.0, scale=0.02, gamma_r=0.25)
+    elbo = lambda term: torch.exp(-2 * 0.02 * (0.5 * sse(term) + 3 * kl(term))).mean()
+    same(objective.vae(real), (0.5 * sse(real) + 0.8 * kl(real)).mean())
+    same(
+        objective.encoder(real, rec, fake),
+        0.02 * (0.5 * sse(real) + 0.8 * kl(real)).mean() + 0.25 * (elbo(rec) + elbo(fake)),
+    )
+    want = 0.5 * sse(real).mean() + 0.5 * 0.8 * (kl(rec) + kl(fake)).mean()
+    alone = [Term(posterior=term.posterior) for term in (rec, fake)]
+    same(objective.decoder(Term(real.target, real.prediction), *alone), 0.02 * want)
+    want = want + 0.25 * 0.5 * 0.5 * (sse(rec) + sse(fake)).mean()
+    same(objective.decoder(Term(real.target, real.prediction), rec=rec, fake=fake), 0.02 * want)
+
+
+@pytest.mark.parametrize("hinge", ["sample", "batch"])
+def test_intro_vae(hinge):
+    real, rec, fake = batch()
+    objective = IntroVAE(beta_rec=0.05, beta_kl=1.0, beta_neg=0.5, margin=7.0, hinge=hinge)
+    pushed = [kl(term) if hinge == "sample" else kl(term).mean() for term in (rec, fake)]
+    hinges = sum((7 - value).clamp(min=0).mean() for value in pushed)
+    assert hinges > 0
+    base = (0.05 * sse(real) + kl(real)).mean()
+    same(objective.vae(real), base)
+    same(objective.encoder(real, rec, fake), base + 0.5 * 0.5 * hinges)
+    same(objective.decoder(real, rec, fake), 0.05 * sse(real).mean() + 0.5 * (kl(rec) + kl(fake)).mean())
+
+
+def test_linear_and_vae():
+    real, rec, fake = batch()
+    objective = LinearIntroVAE(beta_rec=0.3, beta_kl=0.6, beta_neg=0.2)
+    base = (0.3 * sse(real) + 0.6 * kl(real)).mean()
+    same(objective.encoder(real, rec, fake), base - 0.2 * 0.5 * (kl(rec) + kl(fake)).mean())
+    same(VAE(beta_rec=0.3, beta_kl=0.6).vae(real), base)
+    with pytest.raises(TypeError, match="a VAE has one phase"):
+        VAE().encoder(real, rec, fake)
+
+
+def test_small_alpha_is_the_linear_member():
+    """Phi - 1/alpha -> -scale (beta_rec r + beta_neg k) as alpha -> 0."""
+    real, rec, fake = batch()
+    alpha = 1e-7
+    soft = SoftIntroVAE(beta_rec=0.5, beta_kl=0.8, beta_neg=3.0, scale=0.02, alpha=alpha)
+    base = 0.02 * (0.5 * sse(real) + 0.8 * kl(real)).mean()
+    linear = -0.02 * 0.5 * sum((0.5 * sse(term) + 3 * kl(term)).mean() for term in (rec, fake))
+    got = soft.encoder(real, rec, fake).loss - 1 / alpha - base
+    torch.testing.assert_close(got, linear, rtol=1e-4, atol=0)
+
+
+def test_any_fake_sources():
+    real, rec, fake = batch()
+    other = batch(seed=1)[2]
+    objective = SoftIntroVAE(
+        beta_rec=0.5, beta_kl=0.8, beta_neg=3.0, scale=0.02, fakes={"fake": 0.5, "rec": 0.2, "blend": 0.3}
+    )
+    elbo = lambda term: torch.exp(-2 * 0.02 * (0.5 * sse(term) + 3 * kl(term))).mean()
+    want = 0.02 * (0.5 * sse(real) + 0.8 * kl(real)).mean()
+    want = want + 0.5 * (0.2 * elbo(rec) + 0.5 * elbo(fake) + 0.3 * elbo(other))
+    same(objective.encoder(real, blend=other, rec=rec, fake=fake), want)
+    same(objective.encoder(real, fake, rec, other), want)
+    with pytest.raises(TypeError, match="fake sources are 2 by position, must be fake, rec, blend"):
+        objective.encoder(real, fake, rec)
+
+
+def test_statistics():
+    real, rec, fake = batch()
+    objective = SoftIntroVAE(beta_rec=0.5, beta_kl=0.8, beta_neg=3.0, scale=0.02)
+    statistics = objective.encoder(real, rec, fake).statistics
+    assert [*statistics] == [
+        *("rec_real", "kl_real"),
+        *("rec_rec", "kl_rec", "exp_elbo_rec"),
+        *("rec_fake", "kl_fake", "exp_elbo_fake"),
+    ]
+    torch.testing.assert_close(statistics["kl_rec"], kl(rec).detach())
+    torch.testing.assert_close(statistics["rec_fake"], sse(fake).detach())
+    assert not any(values.requires_grad for values in statistics.values())
+    hinge = IntroVAE(beta_rec=1, beta_kl=1, beta_neg=1, margin=9).encoder(real, rec, fake).statistics
+    torch.testing.assert_close(hinge["hinge_fake"], (9 - kl(fake)).clamp(min=0).detach())
+    posterior_only = [Term(posterior=term.posterior) for term in (rec, fake)]
+    decoder = objective.decoder(Term(error=torch.rand(4)), *posterior_only).statistics
+    assert [*decoder] == ["rec_real", "kl_rec", "kl_fake"]
+
+
+@pytest.mark.parametrize("name", ["beta_rec", "beta_kl", "beta_neg", "scale", "alpha", "gamma_r"])
+def test_a_changed_weight_counts(name):
+    terms = batch()
+    weights = {"beta_rec": 0.5, "beta_kl": 0.8, "beta_neg": 3.0, "scale": 0.02, "alpha": 2.0, "gamma_r": 0.5}
+    objective = SoftIntroVAE(**weights)
+    setattr(objective, name, 0.7)
+    fresh = SoftIntroVAE(**{**weights, name: 0.7})
+    assert getattr(objective, name) == 0.7
+    for phase in ("encoder", "decoder"):
+        same(getattr(objective, phase)(*terms), getattr(fresh, phase)(*terms).loss)
+    same(objective.vae(terms[0]), fresh.vae(terms[0]).loss)
+
+
+def test_half_precision_modules_keep_exact_weights():
+    objective = SoftIntroVAE(beta_rec=0.1, beta_kl=0.3, beta_neg=100.3, scale=1 / 196608)
+    before = objective.encoder(*batch()).loss
+    same(objective.half().encoder(*batch()), before)
+
+
+def test_statistics_and_loss_of_half_precision_images_are_float32():
+    terms = [
+        Term(t.target.bfloat16(), t.prediction.bfloat16(), Posterior(*(p.float() for p in t.posterior)))
+        for t in batch()
+    ]
+    loss, statistics = SoftIntroVAE(beta_rec=0.1, beta_kl=0.3, beta_neg=1.0, scale=0.01).encoder(*terms)
+    assert loss.dtype == torch.float32 and all(s.dtype == torch.float32 for s in statistics.values())
+
+
+OBJECTIVES = {
+    "vae": VAE(beta_rec=0.3),
+    "soft": SoftIntroVAE(beta_rec=0.5, beta_kl=0.8, beta_neg=3.0, scale=0.02, logvar_clamp=(-4, 4)),
+    "hinge": IntroVAE(beta_rec=0.05, beta_kl=1.0, beta_neg=0.5, margin=7.0, hinge="batch"),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_compiles_whole_and_once(objective):
+    """torch.compile takes every phase without a graph break; new weights compile nothing anew."""
+    torch._dynamo.reset()
+    phases = ["encoder", "decoder"] if objective.introspective else ["vae"]
+
+    def losses(terms, eps):
+        terms = terms if objective.introspective else terms[:1]
+        z = objective.reparameterize(terms[0].posterior, eps)
+        return z, [getattr(objective, phase)(*terms) for phase in phases]
+
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    for weight in (0.3, 0.9, 0.2):
+        objective.beta_rec = weight
+        terms, eps = batch(dtype=torch.float32), torch.randn(4, 6)
+        tensors = [t for term in terms for t in (term.target, term.prediction, *term.posterior)]
+        results = []
+        for function in (losses, compiled):
+            with torch._dynamo.config.patch(error_on_recompile=weight != 0.3):
+                z, made = function(terms, eps)
+            total = z.sum() + sum(loss for loss, _ in made)
+            statistics = [value for _, values in made for value in values.values()]
+            gradients = torch.autograd.grad(total, tensors, allow_unused=True)
+            results.append([total, *statistics, *(g for g in gradients if g is not None)])
+        assert len(results[0]) == len(results[1])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(other, eager, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_reach_what_requires_them():
+    real, rec, fake = batch()
+    frozen = [
+        Term(real.target.detach(), real.prediction, real.posterior),
+        rec,
+        Term(posterior=fake.posterior),
+    ]
+    objective = SoftIntroVAE(beta_rec=0.5, beta_kl=0.8, beta_neg=3.0, scale=0.02)
+    objective.encoder(*frozen).loss.backward()
+    assert real.prediction.grad is not None and rec.prediction.grad is not None
+    assert fake.posterior.mean.grad is not None and fake.target.grad is None and real.target.grad is None
+
+
+def test_reparameterize_keeps_the_clamp():
+    objective = SoftIntroVAE(beta_rec=1, beta_kl=1, beta_neg=1, scale=1, logvar_clamp=(-2.0, 2.0))
+    mean, logvar = torch.zeros(2, 3), torch.tensor([[-9.0, 0.0, 9.0]] * 2)
+    z = objective.reparameterize(Posterior(mean, logvar), torch.ones(2, 3))
+    torch.testing.assert_close(z[0].log() * 2, torch.tensor([-2.0, 0.0, 2.0]))
+
+
+def test_checking_names_batch_and_sample():
+    terms = batch()
+    with torch.no_grad():
+        terms[2].prediction[3, 0, 1, 1] = float("nan")
+    options = {"beta_rec": 0.5, "beta_kl": 0.8, "beta_neg": 3.0, "scale": 0.02}
+    loss, statistics = SoftIntroVAE(**options).encoder(*terms)
+    assert loss.isnan()
+    message = r"rec_fake is nan for sample 3 of the batch 'fake' \(1 of 4 samples\): its target or prediction"
+    with pytest.raises(FloatingPointError, match=message):
+        check_statistics(statistics)
+    with pytest.raises(FloatingPointError, match=message):
+        SoftIntroVAE(**options, check=True).encoder(*terms)
+    terms = [Term(t.target.sigmoid(), t.prediction, t.posterior) for t in batch()]
+    terms[0] = terms[0]._replace(target=terms[0].target + 0.9)
+    with pytest.raises(FloatingPointError, match="rec_real .* outside"):
+        SoftIntroVAE(**options, reconstruction="bce_logits", check=True).encoder(*terms)
+
+
+GOOD = {"beta_rec": 1.0, "beta_kl": 1.0, "beta_neg": 1.0, "scale": 1.0}
+WRONG = {
+    "negative": ({"beta_kl": -1.0}, "beta_kl is -1.0, must not be negative"),
+    "infinite": ({"beta_neg": float("inf")}, "beta_neg is inf, must be a finite number"),
+    "text": ({"beta_rec": "1"}, "beta_rec is '1', must be a finite number"),
+    "zero scale": ({"scale": 0}, "scale is 0, must be positive"),
+    "alpha": ({"alpha": -2.0}, "alpha is -2.0, must be positive"),
+    "prior": ({"prior_std": 0.0}, "prior_std is 0.0, must be positive"),
+    "reconstruction": (
+        {"reconstruction": "mse"},
+        "reconstruction is 'mse', must be one of sse, l1, huber, bce",
+    ),
+    "clamp": ({"logvar_clamp": (2.0, -2.0)}, r"logvar_clamp is \(2.0, -2.0\), must be \(low, high\)"),
+    "fakes": ({"fakes": {"fake": 0.4}}, "fakes is {'fake': 0.4}, must hold weights that sum to 1"),
+}
+
+
+@pytest.mark.parametrize(("option", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_options(option, message):
+    with pytest.raises(ValueError, match=message):
+        SoftIntroVAE(**{**GOOD, **option})
+
+
+def test_wrong_changes_leave_the_old_weight():
+    objective = SoftIntroVAE(**GOOD)
+    with pytest.raises(ValueError, match="beta_neg is nan"):
+        objective.beta_neg = float("nan")
+    assert objective.beta_neg == 1.0
+    with pytest.raises(ValueError, match="hinge is 'all', must be one of sample, batch"):
+        IntroVAE(beta_rec=1, beta_kl=1, beta_neg=1, margin=1, hinge="all")
+
+
+def test_wrong_terms_are_named():
+    real, rec, fake = batch()
+    objective = SoftIntroVAE(**GOOD)
+    with pytest.raises(ValueError, match=r"prediction of rec has shape \[4, 3, 4, 2\]"):
+        objective.encoder(real, rec._replace(prediction=rec.prediction[..., :2]), fake)
+    with pytest.raises(TypeError, match="target of fake is torch.int64"):
+        objective.encoder(real, rec, fake._replace(target=fake.target.long()))
+    with pytest.raises(TypeError, match="fake sources are 1 by position, extra, must be rec, fake"):
+        objective.encoder(real, rec, extra=fake)
+
+
+def test_losses_need_torch_alone():
+    """Importing and using the losses loads neither triton nor any package of the training side."""
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"triton", "deepspeed", "nvidia", "pydantic", "yaml", "safetensors", "PIL", "scipy"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import torch
+from sivae_fast import *
+import sivae_fast
+mean, x = torch.zeros(2, 3, requires_grad=True), torch.rand(2, 5)
+term = sivae_fast.Term(x, x + 1, sivae_fast.Posterior(mean, mean))
+for objective in (sivae_fast.VAE(), sivae_fast.SoftIntroVAE(beta_rec=1, beta_kl=1, beta_neg=1, scale=1)):
+    objective.vae(term).loss.backward()
+sivae_fast.sample_and_kl(mean, mean, seed=torch.tensor([1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
