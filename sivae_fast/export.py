@@ -99,13 +99,11 @@ def export(
 
 def _input_shape(config: Config) -> tuple[int, ...]:
     model = config.model
-    if model.kind in ("style", "residual"):
+    if model.kind in ("style", "residual", "two_encoder"):
         return model.channels, model.resolution, model.resolution
     if model.kind == "pointnet":
         return model.points, 3
-    if model.kind == "mlp":
-        return (2,)
-    raise ValueError(f"model.kind={model.kind} cannot be exported: style, residual, pointnet and mlp can")
+    return (2,)  # points in the plane
 
 
 def _example(shape: tuple[int, ...], count: int) -> Tensor:

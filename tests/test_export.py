@@ -20,6 +20,7 @@ MODELS = {
     "residual": {"kind": "residual", "resolution": 8, "widths": (4, 8), "latent_size": 3},
     "pointnet": {"kind": "pointnet", "points": 12, "latent_size": 4},
     "mlp": {"kind": "mlp", "width": 8},
+    "two_encoder": {"kind": "two_encoder", "resolution": 8, "width": 4, "class_size": 5, "content_size": 3},
 }
 
 
@@ -37,7 +38,9 @@ def snapshot(path, settings) -> str:
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("kind", ["residual", "pointnet", "mlp", pytest.param("style", marks=SLOW)])
+@pytest.mark.parametrize(
+    "kind", ["mlp", *(pytest.param(kind, marks=SLOW) for kind in MODELS if kind != "mlp")]
+)
 def test_torch_programs_run_without_the_package(tmp_path, kind):
     source = snapshot(tmp_path, MODELS[kind])
     encoder, decoder = export(source, tmp_path / "out", format="torch")
@@ -52,16 +55,24 @@ def test_torch_programs_run_without_the_package(tmp_path, kind):
     torch.testing.assert_close(logvar, model.encode(x).logvar, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("noise", ["bump", pytest.param("none", marks=SLOW)])
-def test_onnx_files_run_in_onnxruntime(tmp_path, noise):
+@pytest.mark.parametrize(
+    ("kind", "noise"),
+    [
+        ("style", "bump"),
+        pytest.param("style", "none", marks=SLOW),
+        *(pytest.param(kind, "none", marks=SLOW) for kind in MODELS if kind != "style"),
+    ],
+)
+def test_onnx_files_run_in_onnxruntime(tmp_path, kind, noise):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    source = snapshot(tmp_path, STYLE)
+    source = snapshot(tmp_path, MODELS[kind])
     encoder, decoder = export(source, tmp_path / "out", noise=noise)
     model = load(source)
-    z = torch.randn(4, 8)
+    z = torch.randn(4, model.latent_size)
+    options = {"noise": noise} if kind == "style" else {}
     with torch.no_grad():
-        x = model.decode(z, noise=noise)
+        x = model.decode(z, **options)
         posterior = model.encode(x)
     session = runtime.InferenceSession(decoder, providers=["CPUExecutionProvider"])
     (image,) = session.run(["x_hat"], {"z": z.numpy()})

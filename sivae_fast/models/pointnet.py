@@ -42,7 +42,7 @@ class PointNetModel(Model):
 
     def decode(self, z: Tensor, stream: Stream | None = None) -> Tensor:
         # The published order of the outputs: all x, all y, all z.
-        return self.decoder["model"](z).view(len(z), 3, self.points).transpose(1, 2).contiguous()
+        return self.decoder["model"](z).view(-1, 3, self.points).transpose(1, 2).contiguous()
 
     def encoder_modules(self) -> Iterable[nn.Module]:
         return [self.encoder]
