@@ -18,8 +18,9 @@ train = [
 evaluate = ["matplotlib", "scipy", "scikit-learn"]
 image_metrics = ["torch-fidelity", "torchmetrics"]  # need torchvision
 export = ["onnx", "onnxscript", "onnxruntime"]
+hub = ["huggingface_hub>=1.0"]
 tests = ["pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "ruff", "import-linter"]
-develop = ["triton", *tests, *evaluate, *export]  # triton: torch brings its own where there is a GPU
+develop = ["triton", *tests, *evaluate, *export, *hub]  # triton: torch brings its own where there is a GPU
 
 setup(
     name="sivae-fast",
@@ -32,6 +33,12 @@ setup(
     packages=["sivae_fast.kernels", *find_packages(include=["sivae_fast", "sivae_fast.*"])],
     package_dir={"sivae_fast.kernels": "kernels"},
     install_requires=losses,
-    extras_require={"train": train, "eval": evaluate + image_metrics, "export": export, "dev": develop},
+    extras_require={
+        "train": train,
+        "eval": evaluate + image_metrics,
+        "export": export,
+        "hub": hub,
+        "dev": develop,
+    },
     entry_points={"console_scripts": ["sivae-fast = sivae_fast.cli:main"]},
 )

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sivae_fast.config import Config, make_config
+from sivae_fast import hub
+from sivae_fast.config import Config, load_config, make_config
 from sivae_fast.contract import Model
 from sivae_fast.files import write_text
 from sivae_fast.systems import make_model
@@ -74,8 +75,12 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def save_snapshot(path: Path, model: Model, config: Config, images: int, **facts: str) -> None:
-    """Writes the weights of `model` (averaged or raw) for use, with all that rebuilds it."""
-    metadata = {"format": FORMAT, "config": json.dumps(config.to_dict()), "images": str(images), **facts}
+    """Writes the weights of `model` for use, with all that rebuilds it and nothing about this machine.
+
+    facts: more about the weights, such as weights="averaged"; `load` gives them back.
+    """
+    settings = json.dumps(config.portable().to_dict())
+    metadata = {"format": FORMAT, "config": settings, "images": str(images), **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
     _save_tensors(path, model.state_dict(), metadata)
 
@@ -83,20 +88,33 @@ def save_snapshot(path: Path, model: Model, config: Config, images: int, **facts
 def load(path: str | os.PathLike, averaged: bool = True, device: torch.device | str = "cpu") -> Model:
     """The model of a snapshot, a run folder (its newest checkpoint) or a checkpoint, in eval mode.
 
+    path: also "hub:owner/name", or "hub:owner/name@revision", of the Hugging Face Hub.
     averaged: the averaged weights; False gives those of the optimizer (a snapshot has only one kind).
-    `.config` and `.images` of the model say what it is. Raises CheckpointError, naming the file.
+    `.config`, `.images` and `.facts` of the model say what it is; the config is that of the run folder where
+    there is one, which knows the paths of the data. Raises CheckpointError, naming the file.
     """
-    path = Path(path)
+    name = os.fspath(path)
+    path = hub.pull(name.removeprefix(hub.PREFIX)) if name.startswith(hub.PREFIX) else Path(path)
     if path.is_dir():
-        tensors, config, images = _of_run(path, averaged)
+        tensors, config, images, facts = _of_folder(path, averaged)
     elif path.with_suffix(".json").is_file() and path.parent.name == "checkpoints":
-        tensors, config, images = _of_checkpoint(*load_checkpoint(path), averaged)
+        tensors, config, images, facts = _of_checkpoint(*load_checkpoint(path), averaged)
     else:
-        tensors, config, images = _of_snapshot(path)
+        tensors, config, images, facts = _of_snapshot(path)
+    folder = run_folder(path)
+    if folder and (folder / "config.yaml").is_file():
+        config = load_config(folder / "config.yaml")
     model = make_model(config)
-    load_weights(model, tensors, str(path))
-    model.config, model.images = config, images
+    load_weights(model, tensors, name)
+    model.config, model.images, model.facts = config, images, facts
     return model.to(device).eval()
+
+
+def run_folder(path: Path) -> Path | None:
+    """The run folder that a model comes from: `path` itself, or the one it lies in; None for a lone file."""
+    if path.is_dir():
+        return path
+    return path.parent.parent if path.parent.name in ("checkpoints", "snapshots") else None
 
 
 def load_weights(model: Model, tensors: dict[str, Tensor], source: str) -> None:
@@ -125,7 +143,9 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix + "/"): t for n, t in tensors.items() if n.startswith(prefix + "/")}
 
 
-def _of_run(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config, int]:
+def _of_folder(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config, int, dict[str, str]]:
+    if (path / hub.MODEL).is_file():
+        return _of_snapshot(path / hub.MODEL)
     found = load_newest(path / "checkpoints")
     if found is not None:
         return _of_checkpoint(*found, averaged)
@@ -135,14 +155,15 @@ def _of_run(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config, int]
     return _of_snapshot(snapshots[-1])
 
 
-def _of_checkpoint(tensors, state, averaged: bool) -> tuple[dict[str, Tensor], Config, int]:
-    weights = part(tensors, "model")
-    if averaged:
-        weights |= part(tensors, "average")
-    return weights, make_config(state["config"]), state["images"]
+def _of_checkpoint(
+    tensors: dict[str, Tensor], state: dict, averaged: bool
+) -> tuple[dict[str, Tensor], Config, int, dict[str, str]]:
+    average = part(tensors, "average") if averaged else {}
+    facts = {"weights": "averaged" if average else "raw"}
+    return part(tensors, "model") | average, make_config(state["config"]), state["images"], facts
 
 
-def _of_snapshot(path: Path) -> tuple[dict[str, Tensor], Config, int]:
+def _of_snapshot(path: Path) -> tuple[dict[str, Tensor], Config, int, dict[str, str]]:
     from safetensors import safe_open
 
     if not path.is_file():
@@ -152,7 +173,8 @@ def _of_snapshot(path: Path) -> tuple[dict[str, Tensor], Config, int]:
         metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT or "config" not in metadata:
         raise CheckpointError(f"{path} is not a snapshot of this project (`sivae-fast convert` makes one)")
-    return tensors, make_config(json.loads(metadata["config"])), int(metadata["images"])
+    facts = {name: value for name, value in metadata.items() if name not in ("format", "config", "images")}
+    return tensors, make_config(json.loads(metadata["config"])), int(metadata["images"]), facts
 
 
 def _complete(folder: Path) -> list[Path]:

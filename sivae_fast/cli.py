@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_convert(commands)
     _add_export(commands)
+    _add_card(commands)
+    _add_push(commands)
+    _add_pull(commands)
     return top
 
 
@@ -306,6 +309,51 @@ def _export(source, folder, format, noise, raw) -> None:
 
     for path in export(source, folder, format=format, noise=noise, averaged=not raw):
         print(path)
+
+
+def _add_card(commands) -> None:
+    command = _command(commands, "card", _card, "A model card in Markdown: what a model is, how to load it.")
+    command.add_argument("source", help="run folder, checkpoint or snapshot")
+    command.add_argument("--out", help="file, such as README.md (default: standard output)")
+    command.add_argument("--raw", action="store_true", help="of the optimizer's weights, not their average")
+
+
+def _card(source, out, raw) -> None:
+    from sivae_fast.commands.card import card
+    from sivae_fast.files import write_text
+
+    text = card(source, averaged=not raw)
+    if out:
+        write_text(out, text)
+    print(out or text)
+
+
+def _add_push(commands) -> None:
+    command = _command(
+        commands, "push", _push, "Upload weights, model card and samples to the Hugging Face Hub."
+    )
+    command.add_argument("source", help="run folder, checkpoint or snapshot")
+    command.add_argument("repo_id", help="owner/name; `hf auth login` or HF_TOKEN says who you are")
+    command.add_argument("--private", action="store_true", help="if the repository is made")
+    command.add_argument("--raw", action="store_true", help="the weights of the optimizer, not their average")
+
+
+def _push(source, repo_id, private, raw) -> None:
+    from sivae_fast.commands.publish import push
+
+    print(push(source, repo_id, private=private, averaged=not raw))
+
+
+def _add_pull(commands) -> None:
+    command = _command(commands, "pull", _pull, "Fetch a model from the Hugging Face Hub.")
+    command.add_argument("repo_id", help="owner/name or owner/name@revision")
+    command.add_argument("dest", nargs="?", help="folder (default: the cache)")
+
+
+def _pull(repo_id, dest) -> None:
+    from sivae_fast.hub import pull
+
+    print(pull(repo_id, dest))
 
 
 if __name__ == "__main__":

@@ -242,6 +242,26 @@ class Config(Section):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
+    def portable(self) -> Config:
+        """For files that leave this machine: none of its paths.
+
+        `data.path` of images becomes null, which has to be answered before they are read. For other data null
+        means the made set, so theirs keeps its last part, as do the weights of the perceptual error.
+        """
+        data, weights = self.data, self.objective.perceptual_weights
+        path = getattr(data, "path", None)
+        if path and path != "quickstart":
+            data = data.model_copy(update={"path": None if data.kind == "images" else _last_part(path)})
+        objective = {"perceptual_weights": weights and _last_part(weights)}
+        return self.model_copy(
+            update={
+                "data": data,
+                "objective": self.objective.model_copy(update=objective),
+                "engine": self.engine.model_copy(update={"deepspeed": {}}),
+                "run": self.run.model_copy(update={"folder": RunConfig().folder}),
+            }
+        )
+
     def identity(self) -> str:
         """Digest of what must not change on resume: all but names, intervals, length, hardware."""
         kept = self.to_dict()
@@ -280,6 +300,10 @@ def make_config(values: dict) -> Config:
         return Config.model_validate(_tuples(_with_kinds(values)))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
+
+
+def _last_part(path: str) -> str:
+    return Path(path).resolve().name
 
 
 def _with_kinds(values: dict) -> dict:

@@ -79,7 +79,7 @@ def start_run(
     every = {"tick": config.run.tick, "samples": config.run.samples}
     every |= {"checkpoint": config.run.checkpoint, "snapshot": config.run.snapshot}
     state = {
-        "config": config.to_dict(),
+        "config": config.portable().to_dict(),
         "lod": _lod(config, images),
         "steps": steps,
         "tick": {},

@@ -1,6 +1,6 @@
 """The folder of one training run: its number, lock, config, statistics, events and log.
 
-Everything in the folder can be moved or published as it is: no absolute path and no host name is written.
+The folder can be moved as it is. Only `config.yaml` (where the data were) and `log.txt` know of this machine.
 Only rank 0 holds a `Run`.
 """
 

@@ -103,6 +103,29 @@ def test_snapshot_rebuilds_its_model(tmp_path, config):
         torch.testing.assert_close(again.decode(z, noise="none"), model.decode(z, noise="none"))
 
 
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"path": "/home/somebody/ffhq.zip"}, None),
+        ({"path": "quickstart"}, "quickstart"),
+        # null would mean the made set
+        ({"kind": "pointclouds", "path": "/home/somebody/shapenet"}, "shapenet"),
+        ({"kind": "pointclouds"}, None),
+    ],
+)
+def test_paths_stay_in_the_run_folder(tmp_path, data, expected):
+    settings = {"model": SMALL, "data": data, "run": {"folder": "/home/somebody/runs"}}
+    perceptual = {"reconstruction": "perceptual", "perceptual_weights": "/home/somebody/vgg16.pth"}
+    config = make_config({**settings, "objective": perceptual, "engine": {"deepspeed": {"path": "/home"}}})
+    path = tmp_path / "run" / "snapshots" / "0000000001.safetensors"
+    save_snapshot(path, make_model(config), config, 1)
+    assert b"/home" not in path.read_bytes()
+    again = load(path).config
+    assert again.data.path == expected and again.objective.perceptual_weights == "vgg16.pth"
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
+    assert load(path).config == load(tmp_path / "run").config == config
+
+
 def test_averaged_and_raw_weights_of_a_run(tmp_path, config):
     model = make_model(config)
     state = {f"model/{name}": value for name, value in model.state_dict().items()}

@@ -211,14 +211,24 @@ class Inference:
 
     def training_images(self, count: int) -> Tensor:
         """The first `count` images of the training set, uint8. Raises ValueError where it is not there."""
-        try:
-            return self.read([self.training_set()], count)
-        except ValueError as error:
-            raise ValueError(f"the training images are needed ({error}); give data=PATH") from error
+        return self.read([self.training_set()], count)
 
     def training_set(self) -> str | os.PathLike:
-        """Where the training images are; those of the quickstart are made if need be."""
-        return self.data_path or image_path(self.config, self.show)
+        """Where the training images are; those of the quickstart are made if need be.
+
+        Raises ValueError where that is not known (a snapshot holds no path) or no longer true.
+        """
+        if self.data_path is None and self.config.data.path is None:
+            raise ValueError(
+                "the training images are needed, and a snapshot does not say where they are: give data=PATH "
+                "(--data PATH)"
+            )
+        path = Path(self.data_path or image_path(self.config, self.show))
+        if not path.exists():
+            raise ValueError(
+                f"the training images are needed, and {path} does not exist: give data=PATH (--data PATH)"
+            )
+        return path
 
     def read(
         self, sources: Sequence[str | os.PathLike], count: int | None = None, resize: bool = False

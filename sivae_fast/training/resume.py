@@ -28,7 +28,7 @@ def state_of(trainer) -> tuple[dict[str, Tensor], dict]:
         for name, moments in engine.state().items():
             tensors |= {f"{side}/{key}/{name}": value for key, value in moments.items()}
     state = {
-        "config": trainer.config.to_dict(),
+        "config": trainer.config.portable().to_dict(),
         "lod": trainer.lod,
         "steps": steps,
         "tick": trainer.meter.totals(),
