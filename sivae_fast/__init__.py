@@ -9,6 +9,9 @@ from importlib import import_module
 
 _HOME = {
     "Posterior": "contract",
+    "load": "checkpoint",
+    "pull": "hub",
+    "push": "commands.publish",
     **dict.fromkeys(
         ["IntroVAE", "LinearIntroVAE", "Loss", "SoftIntroVAE", "Term", "VAE", "check_statistics"],
         "objectives",
