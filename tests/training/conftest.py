@@ -54,7 +54,7 @@ def launch(image_folder, tmp_path):
     """
 
     def start(
-        ranks: int = 1, check: bool = True, timeout: int = 240, **overrides
+        ranks: int = 1, check: bool = True, timeout: int = 500, **overrides
     ) -> subprocess.CompletedProcess:
         command = arguments(ranks, overrides)
         done = subprocess.run(
