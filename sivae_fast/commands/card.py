@@ -105,10 +105,8 @@ def _model_rows(model: Model) -> Iterable[tuple[str, str]]:
         if name != "kind":
             yield name.replace("_", " "), str(value)
     yield "parameters", count([model])
-    yield (
-        "parameters that encode, decode",
-        f"{count(model.encoder_modules())}, {count(model.decoder_modules())}",
-    )
+    yield "parameters of the encoder phase", count(model.encoder_modules())
+    yield "parameters of the decoder phase", count(model.decoder_modules())
     if model.images:
         yield "images seen", f"{model.images:,}"
     for name in ("weights", "epoch"):
