@@ -19,7 +19,8 @@ import torch
 from sivae_fast.config import load_config
 from sivae_fast.evaluation.density import divergences, prior_samples
 from sivae_fast.files import write_text
-from sivae_fast.training.loop import Trainer, make_schedule
+from sivae_fast.systems import make_schedule
+from sivae_fast.training.loop import Trainer
 
 REPOSITORY = Path(__file__).parents[1]
 RESULT = REPOSITORY / "bench" / "results" / "density_grid.json"

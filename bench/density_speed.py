@@ -29,7 +29,8 @@ from sivae_fast.config import load_config
 from sivae_fast.data.densities import Density
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.files import write_text
-from sivae_fast.training.loop import Trainer, make_schedule
+from sivae_fast.systems import make_schedule
+from sivae_fast.training.loop import Trainer
 
 REPOSITORY = Path(__file__).parents[1]
 BATCH = 512

@@ -23,7 +23,7 @@ from sivae_fast import hub
 from sivae_fast.config import Config, load_config, make_config
 from sivae_fast.contract import Model
 from sivae_fast.files import write_text
-from sivae_fast.systems import make_model
+from sivae_fast.systems import make_model, make_schedule
 
 logger = logging.getLogger("sivae_fast")
 
@@ -89,6 +89,7 @@ def load(path: str | os.PathLike, averaged: bool = True, device: torch.device | 
     """The model of a snapshot, a run folder (its newest checkpoint) or a checkpoint, in eval mode.
 
     path: also "hub:owner/name", or "hub:owner/name@revision", of the Hugging Face Hub.
+    A model that grows is at the level of detail that it had reached.
     averaged: the averaged weights; False gives those of the optimizer (a snapshot has only one kind).
     `.config`, `.images` and `.facts` of the model say what it is; the config is that of the run folder where
     there is one, which knows the paths of the data. Raises CheckpointError, naming the file.
@@ -106,6 +107,8 @@ def load(path: str | os.PathLike, averaged: bool = True, device: torch.device | 
         config = load_config(folder / "config.yaml")
     model = make_model(config)
     load_weights(model, tensors, name)
+    stage = make_schedule(config).at(max(images - 1, 0))
+    model.set_level(stage.lod, stage.blend)
     model.config, model.images, model.facts = config, images, facts
     return model.to(device).eval()
 

@@ -12,6 +12,7 @@ from sivae_fast.config import Config, ConfigError
 from sivae_fast.contract import Model
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.figures import save_grid
+from sivae_fast.growth import Schedule
 
 
 def make_model(config: Config) -> Model:
@@ -178,6 +179,21 @@ def _fixed_rows(model: Model, data, count: int):
     rec = model.decode(model.encode(real).mean, draws.stream("picture/rec"))
     prior = draws.stream("picture/prior").normal(len(real), model.latent_size) * model.prior_std
     return real, rec, model.generate(prior, draws.stream("picture/fake"))
+
+
+def make_schedule(config: Config) -> Schedule:
+    """Level, fade, batch, learning rate and beta_neg as functions of images seen."""
+    beta_neg = config.objective.beta_neg if config.objective.kind != "vae" else None
+    return Schedule(
+        levels=levels(config),
+        images_per_level=config.growth.images_per_level,
+        fade=config.growth.fade,
+        batch=config.train.batch,
+        learning_rate=config.optim.learning_rate,
+        beta_neg=beta_neg,
+        drops=config.optim.drops,
+        drop_factor=config.optim.drop_factor,
+    )
 
 
 def levels(config: Config) -> int:

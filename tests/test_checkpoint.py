@@ -138,6 +138,14 @@ def test_averaged_and_raw_weights_of_a_run(tmp_path, config):
     torch.testing.assert_close(dict(load(run, averaged=False).named_parameters())[name], raw)
 
 
+def test_a_half_grown_model_is_at_the_level_it_had_reached(tmp_path):
+    config = make_config({"model": {**SMALL, "resolution": 16}, "growth": {"images_per_level": 100}})
+    save_snapshot(tmp_path / "half.safetensors", make_model(config), config, 126)
+    model = load(tmp_path / "half.safetensors")
+    assert model.lod == 1 and model.fading
+    assert model.generate(torch.randn(2, 8)).shape == (2, 3, 8, 8)
+
+
 def test_wrong_files_are_named(tmp_path, config):
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         load(tmp_path / "nowhere")

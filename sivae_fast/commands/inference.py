@@ -23,7 +23,6 @@ from sivae_fast.draws import Draws, Rows
 from sivae_fast.evaluation import batchnorm
 from sivae_fast.figures import to_uint8
 from sivae_fast.systems import image_path
-from sivae_fast.training.loop import make_schedule
 
 IMAGE_MODELS = ("style", "residual")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -87,8 +86,6 @@ class Inference:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load(path, averaged, torch.device(device))
-        stage = make_schedule(model.config).at(max(model.images - 1, 0))
-        model.set_level(stage.lod, stage.blend)
         weights = "averaged" if averaged else "raw"
         return cls(model, model.config, model.images, weights=weights, **options)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sivae_fast.config import Config, ConfigError
 from sivae_fast.draws import Draws, Rows
-from sivae_fast.systems import error_function, levels, make_data, make_model, make_objective
+from sivae_fast.growth import Schedule, Stage
+from sivae_fast.systems import error_function, make_data, make_model, make_objective, make_schedule
 from sivae_fast.training.averaging import Average
 from sivae_fast.training.engine import check_engine, deepspeed_missing, distributed, make_engine
-from sivae_fast.training.growth import Schedule, Stage
 from sivae_fast.training.meter import Meter, first_not_finite, means
 from sivae_fast.training.optim import make_optimizer, set_learning_rate
 from sivae_fast.training.recorder import Recorder
@@ -206,20 +206,6 @@ class Trainer:
     def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
         """What a resumed run needs, on every rank; a collective call."""
         return state_of(self)
-
-
-def make_schedule(config: Config) -> Schedule:
-    beta_neg = config.objective.beta_neg if config.objective.kind != "vae" else None
-    return Schedule(
-        levels=levels(config),
-        images_per_level=config.growth.images_per_level,
-        fade=config.growth.fade,
-        batch=config.train.batch,
-        learning_rate=config.optim.learning_rate,
-        beta_neg=beta_neg,
-        drops=config.optim.drops,
-        drop_factor=config.optim.drop_factor,
-    )
 
 
 def check_batches(config: Config, schedule: Schedule, world: int) -> None:

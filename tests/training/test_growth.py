@@ -5,8 +5,8 @@ import math
 import pytest
 
 from sivae_fast.config import load_config
-from sivae_fast.training.growth import Schedule
-from sivae_fast.training.loop import make_schedule
+from sivae_fast.growth import Schedule
+from sivae_fast.systems import make_schedule
 from tests.training.conftest import ROOT
 
 EPOCH = 60_000
