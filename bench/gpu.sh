@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: the tests marked gpu, then the benches. Results go into a folder.
+#
+#     bench/gpu.sh RESULTS
+#
+# Needs PyTorch with Triton, pytest, pytest-benchmark and hypothesis; without a GPU the same benches run on the CPU.
+set -uo pipefail
+out=$(mkdir -p "${1:?the folder of the results}" && cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+python3 -c "import sivae_fast.kernels" 2>/dev/null || python3 -m pip install -q --no-deps --no-build-isolation -e . || exit 1
+python3 -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU')" \
+  | tee "$out/machine.txt"
+failed=0
+run() { # NAME COMMAND...: keeps the output, goes on after a failure
+  echo "== $1"
+  "${@:2}" 2>&1 | tee "$out/$1.txt"
+  local code=${PIPESTATUS[0]}
+  [ "$code" = 0 ] || [ "$code" = 5 ] || failed=1 # 5: pytest had nothing to run
+}
+run tests python3 -m pytest -o addopts="" -q -m gpu --benchmark-skip tests
+for bench in losses step chamfer; do
+  [ -f "bench/$bench.py" ] || continue
+  case $bench in
+    step) run step python3 bench/step.py --resolution "${RESOLUTION:-256}" --batch "${BATCH:-8}" --out "$out/step.json" ;;
+    losses) run losses python3 bench/losses.py --out "$out" ;;
+    chamfer) run chamfer python3 bench/chamfer.py ;;
+  esac
+done
+exit $failed
