@@ -38,7 +38,7 @@ def _loader(found: dict, kind: str) -> str:
     ratio = found["ratios"][f"{kind}: DALI / DataLoader (processes)"]
     return (
         f"**{ratio['wall']:.2f}** times the images/s ({ratio['cpu']:.2f} times per core second: "
-        f"{ours:.0f} against {theirs:.0f}; 2 busy CPU cores)"
+        f"{ours:.0f} against {theirs:.0f}; 2 CPU cores)"
     )
 
 

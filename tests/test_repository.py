@@ -49,3 +49,8 @@ objective.vae(sivae_fast.Term(x, model.decode(z), posterior)).loss.backward()
 """
     done = run(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_readme_table_is_that_of_the_result_files():
+    done = run(sys.executable, "bench/table.py", "--check")
+    assert done.returncode == 0, done.stdout
