@@ -45,6 +45,11 @@ class Formula(NamedTuple):
     high: float
 
     @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        """As the Triton kernels take them."""
+        return self.prior_logvar, self.low, self.high, self.delta
+
+    @property
     def bounded(self) -> bool:
         return math.isfinite(self.low) or math.isfinite(self.high)
 

@@ -40,7 +40,7 @@ class FusedOperator:
         self.operator = _define(name, _FORWARD, forward, fake)
         self.backward_operator = _define(f"{name}_backward", _BACKWARD, backward, backward_fake)
         torch.library.register_autograd(self.operator, self._listed_backward, setup_context=self._setup)
-        torch.library.register_autograd(self.backward_operator, _refuse_second_derivative)
+        torch.library.register_autograd(self.backward_operator, refuse_second_derivative)
 
     def __call__(
         self,
@@ -128,7 +128,7 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
     return all(type(tensor) is Tensor or type(tensor) is Parameter for tensor in tensors)
 
 
-def _refuse_second_derivative(ctx, *_):
+def refuse_second_derivative(*_):
     raise RuntimeError(
         "second derivatives of the fused losses do not exist (create_graph=True, gradient penalties, "
         "torch.func.hessian): use the formulas of sivae_fast.kernels.reference for them"

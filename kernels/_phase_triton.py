@@ -12,6 +12,7 @@ batch in the same way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -39,7 +40,12 @@ WIDTH = tl.constexpr(5)
 
 
 @triton.jit
-def _load_images(images, strides, sample, offsets, inside, POLICY: tl.constexpr):
+def row_of(tensors, strides, PLACE: tl.constexpr, sample):
+    return tensors[PLACE] + sample * strides[PLACE]
+
+
+@triton.jit
+def load_images(images, strides, sample, offsets, inside, POLICY: tl.constexpr):
     values = ()
     for i in tl.static_range(len(images)):
         row = images[i] + sample * strides[i]
@@ -49,7 +55,7 @@ def _load_images(images, strides, sample, offsets, inside, POLICY: tl.constexpr)
 
 
 @triton.jit
-def _sum_errors(
+def sum_errors(
     values, inside, slots, chunks, delta, LAYOUT: tl.constexpr, SOURCES: tl.constexpr, KIND: tl.constexpr
 ):
     for s in tl.static_range(SOURCES):
@@ -72,13 +78,31 @@ def _sum_kl(means, logvars, z, prior_logvar, low, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _finish_sample(
-    sample, samples, partial, kls, errors, error_strides, weights, coefficients, statistics, chunks,
+def sum_kls(
+    means, mean_strides, logvars, logvar_strides, sample, kls, z, prior_logvar, low, high,
+    LAYOUT: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """KL of every source of one sample, to kls[source]."""
+    for s in tl.static_range(SOURCES):
+        if LAYOUT[WIDTH * s + POSTERIOR] >= 0:
+            mean = row_of(means, mean_strides, LAYOUT[WIDTH * s + POSTERIOR], sample)
+            logvar = row_of(logvars, logvar_strides, LAYOUT[WIDTH * s + POSTERIOR], sample)
+            tl.store(kls + s, _sum_kl(mean, logvar, z, prior_logvar, low, high, BLOCK))
+
+
+@triton.jit
+def finish_sample(
+    sample, samples, partial, kls, errors, error_strides, weights, coefficients, statistics, chunks, first,
     LAYOUT: tl.constexpr, SOURCES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Statistics and coefficients of one sample; returns its share of the loss, before the mean."""
+    """(share of the loss before the mean, derivatives of the loss by each r, and by each k) of one sample.
+
+    Statistics and coefficients are stored where `first` is true.
+    """
     slots = tl.arange(0, SLOTS)
     share = 0.0
+    by_r = ()
+    by_k = ()
     for s in tl.static_range(SOURCES):
         r = 0.0
         k = 0.0
@@ -101,16 +125,19 @@ def _finish_sample(
             share += u
         elif LAYOUT[WIDTH * s + MEMBER] != BATCH_HINGE:
             share += p * statistic
-        tl.store(statistics + s * samples + sample, r)
-        tl.store(statistics + (SOURCES + s) * samples + sample, k)
-        tl.store(statistics + (2 * SOURCES + s) * samples + sample, statistic)
-        tl.store(coefficients + s * samples + sample, a * slope)
-        tl.store(coefficients + (SOURCES + s) * samples + sample, b * slope)
-    return share
+        place = s * samples + sample
+        tl.store(statistics + place, r, first)
+        tl.store(statistics + SOURCES * samples + place, k, first)
+        tl.store(statistics + 2 * SOURCES * samples + place, statistic, first)
+        tl.store(coefficients + place, a * slope, first)
+        tl.store(coefficients + SOURCES * samples + place, b * slope, first)
+        by_r = by_r + (a * slope,)  # noqa: RUF005
+        by_k = by_k + (b * slope,)  # noqa: RUF005
+    return share, by_r, by_k
 
 
 @triton.jit
-def _finish_batch(
+def finish_batch(
     samples, shares, weights, coefficients, statistics, loss,
     LAYOUT: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -178,36 +205,28 @@ def reduce_kernel(
     if chunk < chunks:
         offsets = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = offsets < n
-        values = _load_images(images, image_strides, sample, offsets, inside, "evict_last")
+        values = load_images(images, image_strides, sample, offsets, inside, "evict_last")
         slots = partial + sample * SOURCES * chunks + chunk
-        _sum_errors(values, inside, slots, chunks, delta, LAYOUT, SOURCES, KIND)
+        sum_errors(values, inside, slots, chunks, delta, LAYOUT, SOURCES, KIND)
     else:
-        for s in tl.static_range(SOURCES):
-            if LAYOUT[WIDTH * s + POSTERIOR] >= 0:
-                mean = (
-                    means[LAYOUT[WIDTH * s + POSTERIOR]]
-                    + sample * mean_strides[LAYOUT[WIDTH * s + POSTERIOR]]
-                )
-                logvar = (
-                    logvars[LAYOUT[WIDTH * s + POSTERIOR]]
-                    + sample * logvar_strides[LAYOUT[WIDTH * s + POSTERIOR]]
-                )
-                k = _sum_kl(mean, logvar, z, prior_logvar, low, high, BLOCK_Z)
-                tl.store(kls + sample * SOURCES + s, k)
+        sum_kls(
+            means, mean_strides, logvars, logvar_strides, sample, kls + sample * SOURCES, z,
+            prior_logvar, low, high, LAYOUT, SOURCES, BLOCK_Z,
+        )  # fmt: skip
     tl.debug_barrier()  # every thread's stores come before the arrival
     if tl.atomic_add(counters + sample, 1, sem="acq_rel") == chunks:
-        share = _finish_sample(
+        share, _, _ = finish_sample(
             sample, samples, partial, kls, errors, error_strides, weights, coefficients, statistics, chunks,
-            LAYOUT, SOURCES, SLOTS,
+            True, LAYOUT, SOURCES, SLOTS,
         )  # fmt: skip
         tl.store(shares + sample, share)
         tl.debug_barrier()
         if tl.atomic_add(counters + samples, 1, sem="acq_rel") == samples - 1:
-            _finish_batch(samples, shares, weights, coefficients, statistics, loss, LAYOUT, SOURCES, BLOCK_B)
+            finish_batch(samples, shares, weights, coefficients, statistics, loss, LAYOUT, SOURCES, BLOCK_B)
 
 
 @triton.jit
-def _store_image_gradients(
+def store_image_gradients(
     values, gradients, slopes, sample, offsets, inside, n, delta,
     LAYOUT: tl.constexpr, SOURCES: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
@@ -245,6 +264,29 @@ def _store_logvar_gradient(logvars, gradient, slope, z, prior_logvar, low, high,
 
 
 @triton.jit
+def store_latent_gradients(
+    means, mean_strides, mean_gradients, logvars, logvar_strides, logvar_gradients, error_gradients,
+    by_r, by_k, sample, z, prior_logvar, low, high,
+    LAYOUT: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of posteriors and of given errors of one sample."""
+    for s in tl.static_range(SOURCES):
+        if LAYOUT[WIDTH * s + POSTERIOR] >= 0:
+            if mean_gradients[LAYOUT[WIDTH * s + POSTERIOR]] is not None:
+                mean = row_of(means, mean_strides, LAYOUT[WIDTH * s + POSTERIOR], sample)
+                gradient = mean_gradients[LAYOUT[WIDTH * s + POSTERIOR]] + sample * z
+                _store_mean_gradient(mean, gradient, by_k[s], z, prior_logvar, BLOCK)
+            if logvar_gradients[LAYOUT[WIDTH * s + POSTERIOR]] is not None:
+                logvar = row_of(logvars, logvar_strides, LAYOUT[WIDTH * s + POSTERIOR], sample)
+                gradient = logvar_gradients[LAYOUT[WIDTH * s + POSTERIOR]] + sample * z
+                _store_logvar_gradient(logvar, gradient, by_k[s], z, prior_logvar, low, high, BLOCK)
+        if LAYOUT[WIDTH * s + ERROR] >= 0:  # noqa: SIM102
+            if error_gradients[LAYOUT[WIDTH * s + ERROR]] is not None:
+                gradient = error_gradients[LAYOUT[WIDTH * s + ERROR]]
+                tl.store(gradient + sample, by_r[s].to(gradient.dtype.element_ty))
+
+
+@triton.jit
 def apply_kernel(
     images,
     image_strides,
@@ -277,52 +319,34 @@ def apply_kernel(
             slopes = slopes + (factor * tl.load(coefficients + s * samples + sample),)  # noqa: RUF005
         offsets = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = offsets < n
-        values = _load_images(images, image_strides, sample, offsets, inside, "evict_first")
-        _store_image_gradients(
+        values = load_images(images, image_strides, sample, offsets, inside, "evict_first")
+        store_image_gradients(
             values, image_gradients, slopes, sample, offsets, inside, n, delta, LAYOUT, SOURCES, KIND
         )
     else:
+        by_r = ()
+        by_k = ()
         for s in tl.static_range(SOURCES):
-            coefficient = coefficients + s * samples + sample
-            if LAYOUT[WIDTH * s + POSTERIOR] >= 0:
-                slope = factor * tl.load(coefficient + SOURCES * samples)
-                if mean_gradients[LAYOUT[WIDTH * s + POSTERIOR]] is not None:
-                    mean = (
-                        means[LAYOUT[WIDTH * s + POSTERIOR]]
-                        + sample * mean_strides[LAYOUT[WIDTH * s + POSTERIOR]]
-                    )
-                    gradient = mean_gradients[LAYOUT[WIDTH * s + POSTERIOR]] + sample * z
-                    _store_mean_gradient(mean, gradient, slope, z, prior_logvar, BLOCK_Z)
-                if logvar_gradients[LAYOUT[WIDTH * s + POSTERIOR]] is not None:
-                    logvar = (
-                        logvars[LAYOUT[WIDTH * s + POSTERIOR]]
-                        + sample * logvar_strides[LAYOUT[WIDTH * s + POSTERIOR]]
-                    )
-                    gradient = logvar_gradients[LAYOUT[WIDTH * s + POSTERIOR]] + sample * z
-                    _store_logvar_gradient(logvar, gradient, slope, z, prior_logvar, low, high, BLOCK_Z)
-            if LAYOUT[WIDTH * s + ERROR] >= 0:  # noqa: SIM102
-                if error_gradients[LAYOUT[WIDTH * s + ERROR]] is not None:
-                    gradient = error_gradients[LAYOUT[WIDTH * s + ERROR]]
-                    tl.store(gradient + sample, (factor * tl.load(coefficient)).to(gradient.dtype.element_ty))
+            place = coefficients + s * samples + sample
+            by_r = by_r + (factor * tl.load(place),)  # noqa: RUF005
+            by_k = by_k + (factor * tl.load(place + SOURCES * samples),)  # noqa: RUF005
+        store_latent_gradients(
+            means, mean_strides, mean_gradients, logvars, logvar_strides, logvar_gradients, error_gradients,
+            by_r, by_k, sample, z, prior_logvar, low, high, LAYOUT, SOURCES, BLOCK_Z,
+        )  # fmt: skip
 
 
 def reduce(batch: Batch, weights: Tensor, formula: Formula) -> tuple[Tensor, Tensor, Tensor]:
     """As `closed_form.reduce`, in one launch and one that clears the counters."""
-    first = batch.tensors[0]
-    samples, sources = len(first), len(batch.layout) // WIDTH.value
-    n, z, chunks, block, warps = _shape(batch, formula)
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=first.device)
-    statistics, coefficients, loss = new(3, sources, samples), new(2, sources, samples), new()
-    counters = torch.zeros(samples + 1, dtype=torch.int32, device=first.device)
-    with on_device(first):
-        reduce_kernel[(samples * (chunks + 1),)](
-            *_rows(batch.images), *_rows(batch.means), *_rows(batch.logvars), *_rows(batch.errors),
-            weights.to(torch.float32), new(samples, sources, chunks), new(samples, sources), new(samples),
-            counters, statistics, coefficients, loss, samples, n, z, chunks,
-            formula.prior_logvar, formula.low, formula.high, formula.delta,
-            LAYOUT=batch.layout, SOURCES=sources, KIND=formula.kind,
-            BLOCK=block, SLOTS=power_of_2(chunks), BLOCK_Z=latent_block(z), BLOCK_B=latent_block(samples),
-            num_warps=warps,
+    shape = LaunchShape.of(batch, formula)
+    statistics, coefficients, loss, scratch = new_results(batch, shape)
+    counters = torch.zeros(shape.samples + 1, dtype=torch.int32, device=loss.device)
+    with on_device(loss):
+        reduce_kernel[shape.grid](
+            *strided_rows(batch.images), *strided_rows(batch.means), *strided_rows(batch.logvars),
+            *strided_rows(batch.errors), weights.to(torch.float32), *scratch, counters,
+            statistics, coefficients, loss, shape.samples, *shape.sizes, *formula.numbers,
+            **shape.constants(batch, formula), **shape.blocks, num_warps=shape.warps,
         )  # fmt: skip
     return loss, statistics, coefficients
 
@@ -331,8 +355,67 @@ def apply(
     batch: Batch, coefficients: Tensor, upstream: Tensor, needs: Sequence[bool], formula: Formula
 ) -> list[Tensor]:
     """As `closed_form.apply`, in one launch."""
-    first = batch.tensors[0]
-    samples, sources = len(first), len(batch.layout) // WIDTH.value
+    shape = LaunchShape.of(batch, formula, sum(needs[: len(batch.images)]))
+    gradients, (images, means, logvars, errors) = new_gradients(batch, needs)
+    stride = upstream.stride(0) if upstream.dim() else 0
+    with on_device(coefficients):
+        apply_kernel[shape.grid](
+            *strided_rows(batch.images), images, *strided_rows(batch.means), means,
+            *strided_rows(batch.logvars), logvars, errors, coefficients, upstream, stride,
+            shape.samples, *shape.sizes, *formula.numbers,
+            **shape.constants(batch, formula), num_warps=shape.warps,
+        )  # fmt: skip
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+class LaunchShape(NamedTuple):
+    """The grid of a launch: `chunks` programs for the images of a sample and one for the rest of it."""
+
+    samples: int
+    sources: int
+    sizes: tuple[int, int, int]  # N, Z, chunks
+    block: int
+    warps: int
+
+    @classmethod
+    def of(cls, batch: Batch, formula: Formula, gradients: int | None = None) -> LaunchShape:
+        """gradients: number of images that get one; None where the images are read for their errors."""
+        n = batch.images[0].shape[1] if batch.images and gradients != 0 else 0
+        z = batch.means[0].shape[1] if batch.means else 0
+        # a fifth gradient beside five images would spill
+        block, warps = row_block(n, formula.kind, most=4096 if (gradients or 0) <= 4 else 2048)
+        samples = len((batch.images or batch.means or batch.errors)[0])
+        return cls(samples, len(batch.sources), (n, z, -(-n // block)), block, warps)
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.samples * (self.sizes[2] + 1),)
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"SLOTS": power_of_2(self.sizes[2]), "BLOCK_B": latent_block(self.samples)}
+
+    def constants(self, batch: Batch, formula: Formula) -> dict[str, object]:
+        return {
+            "LAYOUT": batch.layout,
+            "SOURCES": self.sources,
+            "KIND": formula.kind,
+            "BLOCK": self.block,
+            "BLOCK_Z": latent_block(self.sizes[1]),
+        }
+
+
+def new_results(batch: Batch, shape: LaunchShape) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Uninitialised statistics, coefficients, loss, and scratch: partial sums, KLs, shares of the loss."""
+    device = (batch.images or batch.means or batch.errors)[0].device
+    new = lambda *size: torch.empty(size, dtype=torch.float32, device=device)
+    samples, sources, chunks = shape.samples, shape.sources, shape.sizes[2]
+    scratch = new(samples, sources, chunks), new(samples, sources), new(samples)
+    return new(3, sources, samples), new(2, sources, samples), new(), scratch
+
+
+def new_gradients(batch: Batch, needs: Sequence[bool]):
+    """Uninitialised gradients of `batch.tensors`, None where not needed: in one list, and list by list."""
     gradients = [
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if needed else None
         for tensor, needed in zip(batch.tensors, needs, strict=True)
@@ -341,24 +424,9 @@ def apply(
     for tensors in batch[:4]:
         parts.append(tuple(gradients[start : start + len(tensors)]))
         start += len(tensors)
-    n, z, chunks, block, warps = _shape(batch, formula, sum(needs[: len(batch.images)]))
-    with on_device(first):
-        apply_kernel[(samples * (chunks + 1),)](
-            *_rows(batch.images), parts[0], *_rows(batch.means), parts[1], *_rows(batch.logvars), parts[2],
-            parts[3], coefficients, upstream, upstream.stride(0) if upstream.dim() else 0, samples, n, z,
-            chunks, formula.prior_logvar, formula.low, formula.high, formula.delta, LAYOUT=batch.layout,
-            SOURCES=sources, KIND=formula.kind, BLOCK=block, BLOCK_Z=latent_block(z), num_warps=warps,
-        )  # fmt: skip
-    return [gradient for gradient in gradients if gradient is not None]
+    return gradients, parts
 
 
-def _rows(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def strided_rows(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Tensors and the strides between their rows."""
     return tuple(tensors), tuple(tensor.stride(0) for tensor in tensors)
-
-
-def _shape(batch: Batch, formula: Formula, gradients: int | None = None) -> tuple[int, int, int, int, int]:
-    """(N, Z, programs for the images of a sample, elements of each, warps); `gradients`: of images."""
-    n = batch.images[0].shape[1] if batch.images and gradients != 0 else 0
-    z = batch.means[0].shape[1] if batch.means else 0
-    block, warps = row_block(n, formula.kind, most=4096 if (gradients or 0) <= 4 else 2048)
-    return n, z, -(-n // block), block, warps

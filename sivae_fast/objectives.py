@@ -83,6 +83,9 @@ class Objective(nn.Module):
     huber_delta: where the Huber error turns from quadratic to linear, positive.
     logvar_clamp: (low, high) bounds on the log-variance, also in `reparameterize`, or None.
     fakes: weight of each fake source by name, in the order in which the phases take them; they sum to 1.
+    single_launch: on NVIDIA GPUs, read every input once and write the gradients in the forward pass, where
+    that is
+        possible; see `kernels.introspective.phase`. Gains only where nothing scales the loss before backward.
     check: look at every phase's statistics and raise FloatingPointError where one is NaN or infinite. Waits
     for
         the device in every phase, and does nothing inside torch.compile: for debugging.
@@ -110,6 +113,7 @@ class Objective(nn.Module):
         huber_delta: float = 1.0,
         logvar_clamp: tuple[float, float] | None = None,
         fakes: Mapping[str, float] | None = None,
+        single_launch: bool = False,
         check: bool = False,
         **weights: float,
     ):
@@ -119,7 +123,7 @@ class Objective(nn.Module):
         self.reconstruction = _one_of("reconstruction", reconstruction, reference.RECONSTRUCTIONS)
         self.logvar_clamp = _bounds("logvar_clamp", logvar_clamp)
         self.fakes = _shares("fakes", {"rec": 0.5, "fake": 0.5} if fakes is None else fakes)
-        self.check = check
+        self.single_launch, self.check = single_launch, check
         for name, value in weights.items():
             super().__setattr__(name, self._checked(name, value))
         for name, rows in self._tables().items():
@@ -174,6 +178,7 @@ class Objective(nn.Module):
             self.prior_std,
             self.logvar_clamp,
             [*terms],
+            self.single_launch,
         )
         statistics, columns, count = {}, columns.flatten(0, 1).unbind(), len(terms)
         for i, (name, term) in enumerate(terms.items()):

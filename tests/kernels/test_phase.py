@@ -61,7 +61,7 @@ def test_gradients_of_every_error(kind):
 
 
 def test_gradients_of_given_errors():
-    real, rec, fake = chain((3, 4), 2)
+    real, rec, _ = chain((3, 4), 2)
     sources = [
         Source(error=torch.rand(3), mean=real.mean, logvar=real.logvar),
         rec,
