@@ -7,11 +7,8 @@ The losses need torch alone and are loaded when first used:
 
 from importlib import import_module
 
-_HOME = {
+_LOSSES = {
     "Posterior": "contract",
-    "load": "checkpoint",
-    "pull": "hub",
-    "push": "commands.publish",
     **dict.fromkeys(
         ["IntroVAE", "LinearIntroVAE", "Loss", "SoftIntroVAE", "Term", "VAE", "check_statistics"],
         "objectives",
@@ -19,7 +16,9 @@ _HOME = {
     **dict.fromkeys(["gaussian_kl", "reparameterize", "sample_and_kl"], "kernels.gaussian"),
     "reconstruction_error": "kernels.reconstruction",
 }
-__all__ = [*_HOME]
+_MODELS = {"load": "checkpoint", "pull": "hub", "push": "commands.publish"}  # need more than torch
+_HOME = _LOSSES | _MODELS
+__all__ = [*_LOSSES]
 
 
 def __getattr__(name: str):
