@@ -1,0 +1,183 @@
+"""The cluster recipes: their flags exist in the installed launchers, and a signal saves before anything ends."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sivae_fast.config import load_config
+from tests.training.conftest import ROOT, TINY, environment, image_folder
+
+__all__ = ["image_folder"]
+
+CLUSTERS = ROOT / "launch" / "clusters"
+SCRIPTS = sorted(CLUSTERS.glob("*.sh"))
+SLURM = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
+#: Far more than is reached before the signal.
+ENDLESS = {"train.images": 10**7, "run.tick": 160, "growth.images_per_level": 10**7}
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """A folder that leads PATH: programs in it take the place of launchers and of Slurm."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def add(name: str, body: str) -> None:
+        path = folder / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+
+    add.path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return add
+
+
+def recording(target: Path) -> str:
+    """A stub's body that leaves its arguments in `target`."""
+    return f"""exec {sys.executable} -c 'import json, sys; json.dump(sys.argv[1:], open("{target}", "w"))' "$@" """
+
+
+def run_script(name: str, stubs, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    env = {**environment(), "PATH": stubs.path, **variables}
+    return subprocess.run(
+        ["bash", CLUSTERS / name, *arguments], env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+def wait_until(condition, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def torchrun_options(arguments: list[str]):
+    from torch.distributed.run import get_args_parser
+
+    return get_args_parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_sound(script):
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", script], check=True)
+
+
+def test_node_script_fits_the_deepspeed_launcher(stubs, tmp_path):
+    from deepspeed.launcher.runner import fetch_hostfile, parse_args
+
+    stubs("deepspeed", recording(tmp_path / "arguments"))
+    done = run_script("node.sh", stubs, "launch/train.py", "a=1", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    assert done.returncode == 0, done.stderr
+    options = parse_args(json.loads((tmp_path / "arguments").read_text()))
+    assert (options.node_rank, options.master_addr, options.no_ssh) == (1, "10.0.0.1", True)
+    assert (options.user_script, options.user_args) == ("launch/train.py", ["a=1"])
+    assert dict(fetch_hostfile(options.hostfile)) == {"node-0": 8, "node-1": 8}
+
+
+@pytest.mark.parametrize(
+    "variables, arguments, missing",
+    [
+        ({"MASTER_ADDR": "x"}, ["launch/train.py"], "NODE_RANK"),
+        ({"NODE_RANK": "0"}, ["launch/train.py"], "MASTER_ADDR"),
+        ({"NODE_RANK": "0", "MASTER_ADDR": "x"}, [], "no program"),
+    ],
+)
+def test_node_script_names_what_is_missing(stubs, tmp_path, variables, arguments, missing):
+    stubs("deepspeed", recording(tmp_path / "arguments"))
+    done = run_script("node.sh", stubs, *arguments, **variables)
+    assert done.returncode != 0 and missing in done.stderr
+    assert not (tmp_path / "arguments").exists()
+
+
+def test_slurm_script_fits_torchrun(stubs, tmp_path):
+    stubs("scontrol", "echo node-0; echo node-1")
+    stubs("srun", 'shift; exec "$@"')  # its one option, then the command, as on one node
+    stubs("torchrun", recording(tmp_path / "arguments"))
+    done = run_script("slurm.sh", stubs, "launch/train.py", "a=1", **SLURM, SLURM_GPUS_ON_NODE="8")
+    assert done.returncode == 0, done.stderr
+    options = torchrun_options(json.loads((tmp_path / "arguments").read_text()))
+    assert (options.nnodes, options.node_rank, options.nproc_per_node) == ("2", 1, "8")
+    assert (options.master_addr, options.master_port) == ("node-0", 32345)
+    assert (options.training_script, options.training_script_args) == ("launch/train.py", ["a=1"])
+
+
+def test_slurm_script_reports_a_failure_and_stays_out_of_the_queue(stubs, tmp_path):
+    stubs("scontrol", f'[ "$1" = show ] && echo node-0 || echo "$@" > {tmp_path}/requeued')
+    stubs("srun", "exit 3")
+    assert run_script("slurm.sh", stubs, "launch/train.py", **SLURM).returncode == 3
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_kubernetes_job_is_consistent():
+    service, job = yaml.safe_load_all((CLUSTERS / "kubernetes.yaml").read_text())
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    name = job["metadata"]["name"]
+    command = [part.replace("$(JOB_COMPLETION_INDEX)", "1") for part in container["command"]]
+    assert command[0] == "torchrun"
+    options = torchrun_options(command[1:])
+    assert options.node_rank == 1
+    assert spec["completions"] == spec["parallelism"] == int(options.nnodes)
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(options.nproc_per_node)
+    assert service["spec"]["selector"] == {"job-name": name} and service["spec"]["clusterIP"] == "None"
+    assert options.master_addr == f"{name}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["ports"][0]["port"] == options.master_port
+    (grace,) = (int(v["value"]) for v in container["env"] if v["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    assert pod["terminationGracePeriodSeconds"] > grace
+    config_flag, *overrides = options.training_script_args
+    config = load_config(ROOT / config_flag.removeprefix("--config="), overrides)
+    (claim,) = (m["mountPath"] for m in container["volumeMounts"] if m["name"] == "shared")
+    assert config.run.folder.startswith(claim) and config.data.path.startswith(claim)
+
+
+def settings(images: Path) -> list[str]:
+    chosen = {**TINY, "data.path": images, **ENDLESS}
+    return [f"{key}={value}" for key, value in chosen.items()]
+
+
+def start(name: str, stubs, folder: Path, images: Path, **variables: str) -> subprocess.Popen:
+    """A script that trains without end, once it has written its first tick."""
+    command = ["bash", CLUSTERS / name, ROOT / "launch" / "train.py", *settings(images)]
+    env = {**environment(), "PATH": stubs.path, **variables}
+    with open(folder / "output", "w") as output:
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output)
+    wait_until(lambda: list(folder.glob("runs/*/stats.jsonl")) or process.poll() is not None)
+    assert process.poll() is None, (folder / "output").read_text()
+    return process
+
+
+def saved(folder: Path) -> bool:
+    return len(list(folder.glob("runs/*/checkpoints/*.json"))) == 1
+
+
+def test_slurm_script_saves_at_the_limit_and_requeues(stubs, tmp_path, image_folder):
+    stubs("scontrol", f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" > {tmp_path}/requeued')
+    stubs("srun", f'shift; echo $$ > {tmp_path}/task; exec "$@"')
+    stubs("scancel", f'[ "$*" = "--signal=TERM 12345" ] && kill -TERM $(cat {tmp_path}/task)')
+    one_node = {**SLURM, "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    process = start("slurm.sh", stubs, tmp_path, image_folder, **one_node)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 0
+    assert saved(tmp_path)
+    assert (tmp_path / "requeued").read_text() == "requeue 12345\n"
+
+
+def test_node_script_saves_at_sigterm(stubs, tmp_path, image_folder):
+    (tmp_path / "hostfile").write_text("localhost slots=2\n")
+    variables = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    process = start("node.sh", stubs, tmp_path, image_folder, **variables, HOSTFILE=str(tmp_path / "hostfile"))
+    process.terminate()
+    process.wait(timeout=60)
+    assert saved(tmp_path), (tmp_path / "output").read_text()
+    assert "stopped at" in (tmp_path / "output").read_text()
