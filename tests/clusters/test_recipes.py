@@ -1,4 +1,4 @@
-"""The cluster recipes: their flags exist in the installed launchers, and a signal saves before anything ends."""
+"""The cluster recipes: their flags exist in the installed launchers, and a signal saves before it ends."""
 
 import json
 import os
@@ -19,7 +19,12 @@ __all__ = ["image_folder"]
 
 CLUSTERS = ROOT / "launch" / "clusters"
 SCRIPTS = sorted(CLUSTERS.glob("*.sh"))
-SLURM = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
+SLURM = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_JOB_NODELIST": "node-[0-1]",
+    "SLURM_NNODES": "2",
+    "SLURM_NODEID": "1",
+}
 #: Far more than is reached before the signal.
 ENDLESS = {"train.images": 10**7, "run.tick": 160, "growth.images_per_level": 10**7}
 
@@ -41,7 +46,8 @@ def stubs(tmp_path):
 
 def recording(target: Path) -> str:
     """A stub's body that leaves its arguments in `target`."""
-    return f"""exec {sys.executable} -c 'import json, sys; json.dump(sys.argv[1:], open("{target}", "w"))' "$@" """
+    code = f'import json, sys; json.dump(sys.argv[1:], open("{target}", "w"))'
+    return f"exec {sys.executable} -c '{code}' \"$@\""
 
 
 def run_script(name: str, stubs, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -174,9 +180,15 @@ def test_slurm_script_saves_at_the_limit_and_requeues(stubs, tmp_path, image_fol
 
 
 def test_node_script_saves_at_sigterm(stubs, tmp_path, image_folder):
-    (tmp_path / "hostfile").write_text("localhost slots=2\n")
-    variables = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
-    process = start("node.sh", stubs, tmp_path, image_folder, **variables, HOSTFILE=str(tmp_path / "hostfile"))
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    variables = {
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29517",
+        "HOSTFILE": str(hostfile),
+    }
+    process = start("node.sh", stubs, tmp_path, image_folder, **variables)
     process.terminate()
     process.wait(timeout=60)
     assert saved(tmp_path), (tmp_path / "output").read_text()
