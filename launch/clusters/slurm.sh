@@ -20,7 +20,7 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 : "${1:?no program: launch/doctor.py or launch/train.py, then its arguments}"
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 # seconds to save; torchrun's default is 30
