@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sivae_fast.commands.evaluate import detect_others
-from sivae_fast.commands.inference import Inference
 from sivae_fast.commands.pictures import reconstruct, sample
 from sivae_fast.config import Config, make_config
 from sivae_fast.files import write_text
+from sivae_fast.inference import Inference
+from sivae_fast.measure import detect_others
 from sivae_fast.training.loop import train
 
 RESULTS = Path(__file__).parent / "results"

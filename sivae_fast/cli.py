@@ -104,7 +104,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _load(model, raw, device, precision, batch, batch_norm, data):
-    from sivae_fast.commands.inference import Inference
+    from sivae_fast.inference import Inference
 
     return Inference.load(
         model,
@@ -195,42 +195,66 @@ def _mix(**options) -> None:
 def _add_evaluate(commands) -> None:
     command = _command(commands, "evaluate", _evaluate, "Measure a model; results go into its run folder.")
     _add_model(command)
-    command.add_argument("--metrics", nargs="+", help="e.g. fid kid precision recall mse psnr ssim lpips")
+    command.add_argument("--metrics", nargs="+", help="e.g. fid kid precision mse ssim log_likelihood")
     command.add_argument("--features", default="inception", help="network of fid and its kin")
     command.add_argument("--weights", help="file or folder of the networks' weights")
     command.add_argument("--count", type=int, default=50_000, help="images")
     command.add_argument("--ood", nargs="+", metavar="SET", help="image sets to be told from the model's own")
     command.add_argument("--own", help="held-out images of the model's kind, for --ood")
     command.add_argument("--out", help="folder of the results of --ood (default: the run folder)")
+    add = command.add_argument_group("log-likelihood, in --ood and in the metric log_likelihood").add_argument
+    add("--samples", type=int, default=argparse.SUPPRESS, help="draws of an estimate (default: 5)")
+    add("--variance", type=float, default=argparse.SUPPRESS, help="of a pixel in [0, 1] (default: 1)")
+    add(
+        "--proposal",
+        default=argparse.SUPPRESS,
+        help="what is drawn from, of posterior deviations sigma: posterior, variance sigma^2; published, "
+        "variance sigma (default: posterior)",
+    )
 
 
 def _evaluate(metrics, features, weights, count, ood, own, out, **options) -> None:
+    estimate = {name: options.pop(name) for name in ("samples", "variance", "proposal") if name in options}
+    if estimate and not ood and "log_likelihood" not in (metrics or ()):
+        raise ValueError(f"--{next(iter(estimate))} is for --ood and for --metrics log_likelihood")
+    if ood and metrics:
+        raise ValueError("--ood and --metrics are two evaluations: give one of them")
     folder = Path(options["model"]) if Path(options["model"]).is_dir() else None
     if _kind_of(options["model"]) == "density":
+        if ood or metrics:
+            raise ValueError(
+                "a model of points in the plane has one evaluation: leave out --ood and --metrics"
+            )
         results = _evaluate_density(options["model"], options["raw"], options["seed"], folder)
     elif ood:
-        from sivae_fast.commands.evaluate import detect_others
+        from sivae_fast.measure import detect_others
 
         seed = options.pop("seed")
         run, _ = _split(options)
-        others = {Path(path).stem: path for path in ood}
-        results = detect_others(run, others, out or folder or ".", own=own, count=count, seed=seed)
+        results = detect_others(
+            run, _named(ood), out or folder or ".", own=own, count=count, seed=seed, **estimate
+        )
     else:
-        results = _evaluate_images(metrics, features, weights, count, folder, options)
+        results = _evaluate_images(metrics, features, weights, count, folder, options, estimate)
     print(json.dumps(results, indent=1))
 
 
-def _evaluate_images(metrics, features, weights, count, folder, options) -> dict:
-    from sivae_fast.commands.evaluate import evaluate
+def _named(paths: list[str]) -> dict[str, str]:
+    """Sets by their file names, or by their paths where two have one name."""
+    names = [Path(path).stem for path in paths]
+    return {path if names.count(name) > 1 else name: path for name, path in zip(names, paths, strict=True)}
+
+
+def _evaluate_images(metrics, features, weights, count, folder, options, estimate) -> dict:
     from sivae_fast.evaluation import fid
     from sivae_fast.evaluation.features import load_features
+    from sivae_fast.measure import evaluate
 
     metrics, data, seed = metrics or ["fid"], options["data"], options.pop("seed")
     run, _ = _split(options)
     network = load_features(features, weights, run.device) if set(metrics) & set(fid.METRICS) else None
-    return evaluate(
-        run, metrics, features=network, count=count, seed=seed, data=data, weights=weights, folder=folder
-    )
+    about = {"count": count, "seed": seed, "data": data, "weights": weights, "folder": folder}
+    return evaluate(run, metrics, features=network, **about, **estimate)
 
 
 def _evaluate_density(path: str, raw: bool, seed: int, folder: Path | None) -> dict:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sivae_fast.commands.inference import Inference
 from sivae_fast.evaluation import reconstruction
 from sivae_fast.figures import save_animation, save_grid, save_image
+from sivae_fast.inference import Inference
 
 SPACES = ("z", "w")
 

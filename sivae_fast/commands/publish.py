@@ -13,10 +13,10 @@ from sivae_fast import hub
 from sivae_fast.checkpoint import load, save_snapshot
 from sivae_fast.commands import pictures
 from sivae_fast.commands.card import describe, metrics_of
-from sivae_fast.commands.inference import IMAGE_MODELS, Inference
 from sivae_fast.evaluation.pointcloud_figures import draw_clouds
 from sivae_fast.figures import save_grid
 from sivae_fast.files import write_text
+from sivae_fast.inference import IMAGE_MODELS, Inference
 from sivae_fast.systems import make_data, save_picture
 
 

@@ -148,7 +148,8 @@ def _other_data(folder: Path) -> str:
     )
     note = (
         f"<p>Area under the ROC curve against the {escape(found['own_images'])}, a column for each score; "
-        "1 tells every image apart, 0.5 is chance.</p>"
+        f"1 tells every image apart, 0.5 is chance. Log-likelihood: {found['samples']} draws an image, "
+        f"proposal '{escape(found['proposal'])}', decoder variance {found['variance']:g}.</p>"
     )
     figure = _picture(folder / "ood.png", "log-likelihoods") if (folder / "ood.png").is_file() else ""
     return f'<div class="scroll"><table><tr><th>set</th>{head}</tr>{rows}</table></div>{note}{figure}'

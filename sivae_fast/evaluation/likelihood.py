@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sivae_fast.contract import Model, Posterior
+from sivae_fast.draws import Rows, Stream
 from sivae_fast.files import atomic
 
 PROPOSALS = ("posterior", "published")
@@ -54,7 +55,7 @@ def log_likelihood(
     rows: latents decoded in one call, at least one draw of the whole batch.
     The model should be in eval mode: batch norm in train mode would let the draws influence each other.
     """
-    _check(samples, variance, proposal)
+    check_options(samples, variance, proposal)
     posterior = _in_double(model.encode(x))
     draw_logvar = posterior.logvar if proposal == "posterior" else 0.5 * posterior.logvar
     terms, left = [], samples
@@ -64,7 +65,7 @@ def log_likelihood(
         shape = (count, *posterior.mean.shape)
         eps = torch.randn(shape, generator=generator, dtype=torch.float64).to(x.device)
         z = posterior.mean + (0.5 * draw_logvar).exp() * eps
-        images = model.decode(z.flatten(0, 1).to(x.dtype)).unflatten(0, (count, len(x)))
+        images = _decode(model, z.flatten(0, 1).to(x.dtype), generator).unflatten(0, (count, len(x)))
         error = _squared_error(x, images, value_range)
         log_q = -0.5 * (eps.square() + draw_logvar + math.log(2 * math.pi)).sum(-1)
         scaled = z / model.prior_std
@@ -102,7 +103,8 @@ def scores(
     )
     posterior = _in_double(model.encode(x))
     eps = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float64).to(x.device)
-    rec = model.decode((posterior.mean + (0.5 * posterior.logvar).exp() * eps).to(x.dtype))
+    z = posterior.mean + (0.5 * posterior.logvar).exp() * eps
+    rec = _decode(model, z.to(x.dtype), generator)
     error = _squared_error(x, rec, value_range)
     kl = divergence(posterior, prior_std=model.prior_std)
     again = _in_double(model.encode(rec))
@@ -192,17 +194,24 @@ def save_histogram(path, log_likelihoods: Mapping[str, Tensor], title: str, bins
         figure.savefig(file, format="png", dpi=110)
 
 
-def _check(samples: int, variance: float, proposal: str) -> None:
+def check_options(samples: int = 5, variance: float = 1.0, proposal: str = "posterior") -> None:
+    """Raises ValueError naming what `log_likelihood` does not take."""
     if samples < 1:
         raise ValueError(f"samples is {samples}, must be at least 1")
-    if not variance > 0:
-        raise ValueError(f"variance is {variance}, must be positive")
+    if not 0 < variance < math.inf:
+        raise ValueError(f"variance is {variance}, must be positive and finite")
     if proposal not in PROPOSALS:
         raise ValueError(f"proposal is {proposal!r}, must be one of {', '.join(PROPOSALS)}")
 
 
 def _in_double(posterior: Posterior) -> Posterior:
     return Posterior(*(part.double() for part in posterior))
+
+
+def _decode(model: Model, z: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Images of z [N, Z]; the noise of a stochastic decoder comes from `generator`, too."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return model.decode(z, Stream(seed, Rows.all(len(z)), z.device))
 
 
 def _squared_error(x: Tensor, images: Tensor, value_range: tuple[float, float]) -> Tensor:

@@ -7,10 +7,11 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
-from sivae_fast.commands.evaluate import METRICS, RealImages, detect_others, evaluate
-from sivae_fast.commands.inference import Inference
+from sivae_fast.cli import main
 from sivae_fast.evaluation import fid, likelihood
 from sivae_fast.evaluation.features import load_features
+from sivae_fast.inference import Inference
+from sivae_fast.measure import METRICS, RealImages, detect_others, evaluate
 from sivae_fast.run import read_metrics
 
 RANDOM = load_features("random")
@@ -82,6 +83,56 @@ def test_other_data_is_scored_and_drawn(runs, tmp_path):
     assert Image.open(tmp_path / "o" / "ood.png").width > 300
     held_out = detect_others(run, {"dark": runs.dark}, tmp_path / "p", own=runs.grey, count=10, samples=2)
     assert held_out["own_images"] == "own"
+
+
+def test_the_likelihood_follows_its_options_and_says_them(runs):
+    run = load(runs.residual)
+    options = {"samples": 3, "variance": 0.1, "proposal": "published"}
+    record = evaluate(run, ["log_likelihood"], count=24, seed=4, **options)["log_likelihood"]
+    assert options.items() <= record.items()
+    x = run.to_input(run.read([runs.grey]))
+    generator = torch.Generator().manual_seed(4)
+    expected = [
+        likelihood.log_likelihood(run.model, part, generator=generator, **options) for part in x.split(8)
+    ]
+    assert record["value"] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-6)
+    half = load(runs.residual, precision="bf16")
+    rough = evaluate(half, ["log_likelihood"], count=24, seed=4, **options)["log_likelihood"]["value"]
+    assert rough != record["value"] and rough == pytest.approx(record["value"], rel=0.05)
+
+
+def test_the_command_passes_them_on(runs, tmp_path, capsys):
+    common = ["evaluate", str(runs.residual), "--device", "cpu", "--batch", "8", "--count", "10"]
+    ood = ["--ood", str(runs.dark), "--out", str(tmp_path)]
+    chosen = ["--samples", "2", "--variance", "0.5", "--proposal", "published"]
+    assert main([*common, *ood, *chosen]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["variance"], found["proposal"]) == (2, 0.5, "published")
+    assert main([*common, *ood]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["variance"], found["proposal"]) == (5, 1.0, "posterior")
+    assert main([*common, "--metrics", "log_likelihood", "--samples", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["log_likelihood"]["samples"] == 2
+    for arguments, message in [
+        ([*ood, "--samples", "0"], "samples is 0, must be at least 1"),
+        ([*ood, "--variance", "inf"], "variance is inf, must be positive and finite"),
+        ([*ood, "--proposal", "prior"], "proposal is 'prior', must be one of posterior, published"),
+        (["--metrics", "mse", "--samples", "9"], "--samples is for --ood and for --metrics log_likelihood"),
+        ([*ood, "--metrics", "mse"], "--ood and --metrics are two evaluations"),
+        ([*ood, "--batch-norm", "batch"], "batch_norm is 'batch'"),
+    ]:
+        assert main([*common, *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_sets_of_one_name_stay_two(runs, tmp_path, capsys):
+    twin = tmp_path / runs.dark.name
+    twin.symlink_to(runs.dark)
+    command = ["evaluate", str(runs.residual), "--ood", str(runs.dark), str(twin), "--count", "6"]
+    assert main([*command, "--out", str(tmp_path / "o")]) == 0
+    assert set(json.loads(capsys.readouterr().out)["auroc"]) == {str(runs.dark), str(twin)}
+    with pytest.raises(ValueError, match="'own' and 'training set' name"):
+        detect_others(load(runs.residual), {"own": runs.dark}, tmp_path, own=runs.grey)
 
 
 def test_bad_input_is_named(runs, tmp_path):

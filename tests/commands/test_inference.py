@@ -5,8 +5,8 @@ from PIL import Image
 
 import sivae_fast
 from sivae_fast.checkpoint import CheckpointError
-from sivae_fast.commands.inference import Inference
 from sivae_fast.evaluation.batchnorm import batch_norms
+from sivae_fast.inference import Inference
 
 
 def load(path, **options):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sivae_fast.commands.inference import Inference
 from sivae_fast.commands.pictures import _between, _layers, _round_trip, interpolate, mix, reconstruct, sample
+from sivae_fast.inference import Inference
 
 
 @pytest.fixture(scope="module")

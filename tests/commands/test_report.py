@@ -6,11 +6,11 @@ from html.parser import HTMLParser
 import pytest
 
 from sivae_fast.commands.charts import Series, line_chart, number, thinned
-from sivae_fast.commands.evaluate import detect_others
-from sivae_fast.commands.inference import Inference
 from sivae_fast.commands.pictures import sample
 from sivae_fast.commands.report import level_switches, report
 from sivae_fast.files import append_line
+from sivae_fast.inference import Inference
+from sivae_fast.measure import detect_others
 from sivae_fast.run import append_metric
 
 

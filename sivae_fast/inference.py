@@ -111,6 +111,10 @@ class Inference:
         self._calibrate_encoder()
         self._calibrate_decoder()
 
+    def casting(self) -> torch.autocast:
+        """The context in which the model computes with this precision, for those who call it themselves."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
     def prior(self, count: int, seed: int) -> Tensor:
         """Prior samples [count, Z]: the same for the same seed on every device and at every batch size."""
         generator = torch.Generator().manual_seed(seed)
@@ -188,7 +192,7 @@ class Inference:
             for start in range(0, len(rows), self.batch):
                 part = rows[start : start + self.batch]
                 stream = Draws(seed, start, Rows.all(len(part)), self.device).stream(title)
-                with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                with self.casting():
                     out = body(part.to(self.device), stream)
                 yield out
                 bar.update(len(part))

@@ -1,4 +1,4 @@
-"""evaluate: FID and its kin, reconstruction errors, and how well a model tells other data from its own."""
+"""FID and its kin, reconstruction errors, likelihoods, and how well a model tells other data from its own."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sivae_fast.commands.inference import Inference
 from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.loader import PillowDecoder, default_workers
 from sivae_fast.data.parallel import progress_bar
 from sivae_fast.evaluation import fid, likelihood, reconstruction
 from sivae_fast.evaluation.features import Features
 from sivae_fast.files import write_text
+from sivae_fast.inference import Inference
 from sivae_fast.run import append_metric
 
+#: How log p(x) is estimated unless told otherwise; see `evaluation.likelihood`.
+ESTIMATE = {"samples": 5, "variance": 1.0, "proposal": "posterior"}
 RECONSTRUCTION = (*reconstruction.METRICS, "lpips")
-METRICS = (*fid.METRICS, *RECONSTRUCTION)
+LIKELIHOOD = "log_likelihood"
+METRICS = (*fid.METRICS, *RECONSTRUCTION, LIKELIHOOD)
 
 
 def evaluate(
@@ -34,20 +37,22 @@ def evaluate(
     data: str | os.PathLike | None = None,
     weights: str | os.PathLike | None = None,
     folder: str | os.PathLike | None = None,
+    **estimate: object,
 ) -> dict[str, dict]:
     """Measures the model against a set of images, by default the one it was trained on.
 
     metrics: some of `METRICS`. The first six compare `count` samples of the prior with as many real images in
-    the space of `features`; the others compare images with their reconstructions.
+    the space of `features`; mse to lpips compare images with their reconstructions; log_likelihood is the
+    mean of log p(x) in nats, by `evaluation.likelihood` with its options samples, variance and proposal.
     weights: folder of LPIPS's network. folder: a run folder, to whose metric files the records are added.
     Called in every process of a process group, each does its share and all get the result.
     Returns a record a metric: the value and all that has to be said beside it.
     """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(f"metrics are {', '.join(metrics)}, must be some of {', '.join(METRICS)}")
+    check_metrics(metrics)
     if count < 2:
         raise ValueError(f"count is {count}, must be at least 2")
+    estimate = {**ESTIMATE, **estimate}
+    likelihood.check_options(**estimate)
     reals = RealImages(run, data, count)
     facts = {**run.described, "real_images": len(reals), "seed": seed}
     records: dict[str, dict] = {}
@@ -62,6 +67,9 @@ def evaluate(
     if rest:
         values = reconstruction_errors(run, reals, rest, weights, seed)
         records |= {name: {"value": value, **facts} for name, value in values.items()}
+    if LIKELIHOOD in metrics:
+        value = mean_log_likelihood(run, reals, seed, **estimate)
+        records[LIKELIHOOD] = {"value": value, **facts, **estimate}
     if folder is not None and _rank() == 0:
         for name, record in records.items():
             append_metric(folder, name, record)
@@ -75,31 +83,35 @@ def detect_others(
     *,
     own: str | os.PathLike | None = None,
     count: int = 10_000,
-    samples: int = 5,
-    variance: float = 1.0,
-    proposal: str = "posterior",
     seed: int = 0,
+    **estimate: object,
 ) -> dict:
     """How well the model tells `others` (image sets by name) from its own kind of images.
 
     own: a set of the same kind that it was not trained on; the training images where there is none, and the
-    result says so. At most `count` images of each set are scored; samples, variance and proposal as in
-    `evaluation.likelihood`, the weight of errors in the score `elbo` as in training.
+    result says so. At most `count` images of each set are scored; the options samples, variance and proposal
+    are those of `evaluation.likelihood`, the weight of errors in the score `elbo` is that of training.
     Writes `ood.json` (areas under the ROC curve of every score) and `ood.png` (histograms of log p(x)) into
     the folder `out`; returns what is in the file.
     """
     if not others:
         raise ValueError("no other image sets are given")
-    if run.batch_norm == "batch":
-        raise ValueError("batch_norm is 'batch': the draws of an estimate would then influence each other")
-    sets = {"own": own, **others} if own else {"training set": None, **others}
-    scored, trained = {}, run.config.objective
+    _check_draws(run)
+    trained = run.config.objective
     low, high = run.value_range
     weight = trained.beta_rec / (trained.beta_kl or 1.0) * (high - low) ** 2  # of errors of pixels in [0, 1]
-    options = {"samples": samples, "variance": variance, "proposal": proposal, "weight": weight}
-    for name, path in sets.items():
-        batches = RealImages(run, path, count).inputs()
-        found = likelihood.score_batches(run.model, batches, seed, value_range=run.value_range, **options)
+    options = {**ESTIMATE, **estimate, "weight": weight}
+    likelihood.check_options(**{**ESTIMATE, **estimate})
+    sets = {"own": own, **others} if own else {"training set": None, **others}
+    if len(sets) <= len(others):
+        raise ValueError(f"{', '.join(others)}: 'own' and 'training set' name the model's own images")
+    reals = {name: RealImages(run, path, count) for name, path in sets.items()}
+    scored = {}
+    for name, images in reals.items():
+        with run.casting():
+            found = likelihood.score_batches(
+                run.model, images.inputs(), seed + _rank(), value_range=run.value_range, **options
+            )
         table = fid.gather(torch.stack(list(found.values()), 1).to(run.device)).cpu()
         scored[name] = dict(zip(found, table.unbind(1), strict=True))
     first, *names = sets
@@ -196,6 +208,34 @@ def reconstruction_errors(
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     return {name: (value / total[-1]).item() for name, value in zip(metrics, total, strict=False)}
+
+
+def mean_log_likelihood(run: Inference, reals: RealImages, seed: int = 0, **estimate: object) -> float:
+    """Mean of log p(x) in nats over all images of all ranks; the draws differ with the number of ranks."""
+    _check_draws(run)
+    generator = torch.Generator().manual_seed(seed + _rank())
+    total = torch.zeros(2, dtype=torch.float64, device=run.device)
+    for x in reals.inputs():
+        with run.casting():
+            found = likelihood.log_likelihood(
+                run.model, x, value_range=run.value_range, generator=generator, **estimate
+            )
+        total += torch.stack([found.sum(), total.new_tensor(len(found))])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raises ValueError for names that are no `METRICS`, and for none at all."""
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"metrics are {', '.join(metrics)}, must be some of {', '.join(METRICS)}")
+
+
+def _check_draws(run: Inference) -> None:
+    if run.batch_norm == "batch":
+        raise ValueError("batch_norm is 'batch': the draws of an estimate would then influence each other")
 
 
 def share(count: int) -> tuple[int, int]:
