@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PositiveInt = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Half = Annotated[float, Field(ge=0, le=0.5)]
 
 
 class ConfigError(ValueError):
@@ -114,6 +115,8 @@ class ImageDataConfig(Section):
     loader: Literal["auto", "dali", "torch"] = "auto"
     workers: PositiveInt | None = Field(None, description="decoding threads; null: this rank's cores")
     flip: bool = True
+    shift: Half = Field(0.0, description="largest random displacement, of the side; white borders")
+    hue: Half = Field(0.0, description="largest random turn of the hue, of the full circle; colour images")
     value_range: Literal["symmetric", "unit"] = Field("symmetric", description="[-1, 1] or [0, 1]")
     cache_gib: NotNegative | None = Field(None, description="most memory for decoded images; 0: none")
 

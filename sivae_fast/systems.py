@@ -117,6 +117,8 @@ def _images(config: Config, device: torch.device, show: bool):
         workers=settings.workers,
         cache_gib=settings.cache_gib,
         flip=settings.flip,
+        shift=settings.shift,
+        hue=settings.hue,
         signed=settings.value_range == "symmetric",
         grows=model.kind == "style",
         device=device,
