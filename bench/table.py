@@ -50,10 +50,27 @@ def _density(found: dict) -> str:
     )
 
 
+def _losses(found: dict) -> str:
+    """The range over sizes and batches of how many times faster the fused form is over both passes."""
+    clock = "times_gpu" if "times_gpu" in found["speedups"][0] else "times_wall"
+    lines = [line for line in found["speedups"] if line["provider"] == "fused"]
+
+    def between(provider: str) -> str:
+        values = [line[clock][provider] for line in lines if provider in line[clock]]
+        return f"{min(values):.2f} to {max(values):.2f}"
+
+    return (
+        f"**{between('plain')}** times the plain formulas' speed, {between('compile')} times torch.compile's "
+        f"({found['device']})"
+    )
+
+
 ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("style iteration at 64x64, minimal schedule", "step-cpu.json", _step),
     ("loader, stored PNG: DALI against PyTorch's", "loader-cpu.json", lambda f: _loader(f, "png")),
     ("loader, JPEG: DALI against PyTorch's", "loader-cpu.json", lambda f: _loader(f, "jpeg")),
+    ("encoder phase of the loss, both passes, CPU", "losses-cpu.json", _losses),
+    ("encoder phase of the loss, both passes, GPU", "losses-cuda.json", _losses),
     ("density iteration, batch 512", "density_speed.json", _density),
 ]
 
@@ -62,8 +79,10 @@ def table() -> str:
     lines = ["| what | measured | file |", "|---|---|---|"]
     for what, name, say in ROWS:
         path = RESULTS / name
-        text = say(json.loads(path.read_text())) if path.is_file() else "not measured"
-        lines.append(f"| {what} | {text} | [{name}](bench/results/{name}) |")
+        if path.is_file():
+            lines.append(f"| {what} | {say(json.loads(path.read_text()))} | [{name}](bench/results/{name}) |")
+        else:
+            lines.append(f"| {what} | not measured | |")
     return "\n".join(lines) + "\n"
 
 

@@ -28,13 +28,10 @@ def reduce(batch: Batch, weights: Tensor, formula: Formula) -> tuple[Tensor, Ten
     """
     tensors, sources = batch.tensors, batch.sources
     dtype, samples = compute_dtype(*tensors), len(tensors[0])
-    errors, kls = _errors(batch, formula, dtype), _kls(batch, formula, dtype)
-    zero = torch.zeros((), dtype=dtype, device=tensors[0].device).expand(samples)
-    r = [zero if error is None else error for error in errors]
-    k = [zero if source[3] < 0 else kls[source[3]] for source in sources]
     statistics = torch.empty(3, len(sources), samples, dtype=dtype, device=tensors[0].device)
     parts = statistics[:2]
-    torch.stack([*r, *k], out=parts.view(-1, samples))
+    _fill_errors(batch, formula, parts[0])
+    _fill_kls(batch, formula, parts[1])
     table = weights.to(dtype)[:, :, None]
     ab = table[:2]
     members = [source[0] for source in sources]
@@ -67,18 +64,21 @@ def apply(
     return [_as(t.dtype, g) for g, t, needed in zip(gradients, batch.tensors, needs, strict=True) if needed]
 
 
-def _errors(batch: Batch, formula: Formula, dtype: torch.dtype) -> list[Tensor | None]:
-    """r [B] of every source, None where it has none."""
-    pairs = [(batch.images[t], batch.images[p]) for _, t, p, _, _ in batch.sources if t >= 0]
-    if pairs and pairs[0][0].numel() < _SMALL:
-        x, y = (torch.stack([_as(dtype, image) for image in side]) for side in zip(*pairs, strict=True))
-        sums = iter(_element_errors(x, y, formula).sum(2).unbind())
-    else:
-        sums = (pair_errors(*pair, formula, dtype) for pair in pairs)
-    return [
-        next(sums) if target >= 0 else _as(dtype, batch.errors[error]) if error >= 0 else None
-        for _, target, _, _, error in batch.sources
-    ]
+def _fill_errors(batch: Batch, formula: Formula, r: Tensor) -> None:
+    """r [sources, B] of every source, 0 where it has none; small batches of images all together."""
+    images = [_as(r.dtype, image) for image in batch.images] if _small(batch) else []
+    if images and all(source[1] >= 0 for source in batch.sources):
+        x = torch.stack([images[source[1]] for source in batch.sources])
+        y = torch.stack([images[source[2]] for source in batch.sources])
+        torch.sum(_element_errors(x, y, formula), 2, out=r)
+        return
+    for row, (_, target, prediction, _, error) in zip(r, batch.sources, strict=True):
+        if target >= 0:
+            row.copy_(pair_errors(batch.images[target], batch.images[prediction], formula, r.dtype))
+        elif error >= 0:
+            row.copy_(batch.errors[error])
+        else:
+            row.zero_()
 
 
 def pair_errors(x: Tensor, y: Tensor, formula: Formula, dtype: torch.dtype | None = None) -> Tensor:
@@ -110,14 +110,24 @@ def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _kls(batch: Batch, formula: Formula, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """k [B] of every posterior, worked out together."""
+def _fill_kls(batch: Batch, formula: Formula, k: Tensor) -> None:
+    """k [sources, B] of every source, 0 where it has none; all posteriors together, for they are small."""
     if not batch.means:
-        return ()
-    mean = torch.stack([_as(dtype, mean) for mean in batch.means])
-    ratio = _ratio(torch.stack([_as(dtype, logvar) for logvar in batch.logvars]), formula)
+        k.zero_()
+        return
+    mean = torch.stack([_as(k.dtype, mean) for mean in batch.means])
+    ratio = _ratio(torch.stack([_as(k.dtype, logvar) for logvar in batch.logvars]), formula)
     terms = ratio.expm1().sub_(ratio).addcmul_(mean, mean, value=math.exp(-formula.prior_logvar))
-    return terms.sum(2).mul_(0.5).unbind()
+    if len(batch.means) == len(k):
+        torch.sum(terms, 2, out=k).mul_(0.5)
+        return
+    kls = terms.sum(2).mul_(0.5)
+    for row, source in zip(k, batch.sources, strict=True):
+        row.copy_(kls[source[3]]) if source[3] >= 0 else row.zero_()
+
+
+def _small(batch: Batch) -> bool:
+    return bool(batch.images) and batch.images[0].numel() < _SMALL
 
 
 def _ratio(logvar: Tensor, formula: Formula) -> Tensor:

@@ -41,8 +41,10 @@ class Source(NamedTuple):
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def element_errors(target: Tensor, prediction: Tensor, kind: str, huber_delta: float = 1.0) -> Tensor:

@@ -1,0 +1,147 @@
+"""Measuring helpers of the benches: times on either device, memory, launches, what the machine is."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+
+def machine(device: str) -> dict:
+    """What a result has to name: hardware, versions, commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    found = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+    if device == "cuda":
+        import triton
+
+        found |= {"triton": triton.__version__, "cuda": torch.version.cuda}
+    return found
+
+
+def wall(calls: Sequence[Call], device: str, seconds: float = 0.2) -> float:
+    """Seconds a call takes as issued from Python, over a loop through `calls`; CPU: processor time, best."""
+    for call in calls[:3]:
+        call()
+    if device == "cpu":
+        return _processor_time(calls, seconds)
+    torch.cuda.synchronize()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds or count < 3 * len(calls):
+        for call in calls:
+            call()
+        count += len(calls)
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def _processor_time(calls: Sequence[Call], seconds: float) -> float:
+    """Best of single calls in processor time of the process, which other programs do not lengthen."""
+    times, begin = [], time.process_time()
+    while time.process_time() - begin < seconds or len(times) < 5:
+        for call in calls:
+            start = time.process_time_ns()
+            call()
+            times.append(time.process_time_ns() - start)
+    return min(times) * 1e-9
+
+
+class Captured:
+    """Calls captured in one CUDA graph, so that launching from Python is not part of what is timed."""
+
+    def __init__(self, calls: Sequence[Call]):
+        self.count = len(calls)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                for call in calls:
+                    call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for call in calls:
+                call()
+
+    def seconds(self, at_least: float = 0.02) -> float:
+        """Seconds of one call, by events around enough replays to last `at_least` seconds."""
+        replays = 1
+        while True:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(replays):
+                self.graph.replay()
+            end.record()
+            end.synchronize()
+            elapsed = begin.elapsed_time(end) * 1e-3
+            if elapsed >= at_least:
+                return elapsed / replays / self.count
+            replays = max(replays + 1, int(1.5 * replays * at_least / max(elapsed, 1e-6)))
+
+
+def rounds(timers: dict[str, Callable[[], float]], count: int) -> dict[str, float]:
+    """Median of `count` rounds of every timer, in turns, so that drift of the machine meets all."""
+    found: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(count):
+        for name, timer in timers.items():
+            found[name].append(timer())
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that copying 1 GiB on the GPU reads and writes together."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").zero_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / Captured([lambda: target.copy_(source)]).seconds(0.1)
+
+
+def second_level_cache(device: str) -> int:
+    """Bytes of the GPU's L2; 0 on the CPU, where inputs are not rotated."""
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20) if device == "cuda" else 0
+
+
+def launches(call: Call) -> int:
+    """Kernels, copies and fills that a call puts on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in found.events())
+
+
+def memory(forward: Callable[[], object], backward: Callable[[object], object]) -> tuple[int, int]:
+    """Bytes held between forward and backward, and the most that both add at any time."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = forward()
+    held = torch.cuda.memory_allocated() - before
+    gradients = backward(kept)
+    peak = torch.cuda.max_memory_allocated() - before
+    del kept, gradients
+    return held, peak

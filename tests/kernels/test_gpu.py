@@ -1,0 +1,183 @@
+"""What only a GPU can show: graphs, streams, synchronisation, memory, and the single launch under stress."""
+
+import pytest
+import torch
+
+from sivae_fast import Posterior, SoftIntroVAE, Term
+from sivae_fast.kernels.introspective import phase
+from tests.kernels.losses import ROUNDING, SOFT_MEMBERS, chain, close, distinct, exact, leaves, soft, table
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SHAPE, LATENTS = (3, 256, 256), 512
+ELEMENTS = 3 * 256 * 256
+
+
+def objective(**options):
+    weights = {"beta_rec": 1.0, "beta_kl": 0.5, "beta_neg": 4.0, "scale": 1 / ELEMENTS, "gamma_r": 0.0}
+    return SoftIntroVAE(**weights, **options).cuda()
+
+
+def terms(samples, seed=0, dtype=torch.bfloat16):
+    sources = leaves(chain((samples, *SHAPE), LATENTS, dtype, "cuda", seed))
+    return [Term(s.target, s.prediction, Posterior(s.mean, s.logvar)) for s in sources], distinct(sources)
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["two launches", "single launch"])
+@pytest.mark.parametrize("samples", [1, 4, 33])
+def test_full_size(samples, single):
+    sources = leaves(chain((samples, *SHAPE), LATENTS, torch.bfloat16, "cuda"))
+    weights = table(soft(ELEMENTS), "cuda")
+    results = []
+    for _ in range(3):
+        loss, statistics = phase(sources, SOFT_MEMBERS, weights, single_launch=single)
+        results.append([loss.detach(), statistics, *torch.autograd.grad(loss, distinct(sources))])
+    assert all(torch.equal(a, b) for run in results[1:] for a, b in zip(results[0], run, strict=True))
+    want, want_statistics, gradients = exact(sources, SOFT_MEMBERS, weights)
+    close(results[0][0], want, 2e-6)
+    close(results[0][1], want_statistics, 4e-6)
+    for got, expected in zip(results[0][2:], gradients, strict=True):
+        close(got, expected, ROUNDING[got.dtype])
+
+
+def test_no_phase_waits_for_the_device():
+    loss = objective()
+    batch, tensors = terms(2)
+    loss.encoder(*batch)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss.beta_neg = 7.0
+        made, statistics = loss.encoder(*batch)
+        z = loss.reparameterize(batch[0].posterior, torch.zeros_like(batch[0].posterior.mean))
+        torch.autograd.grad(made + z.sum(), tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(values.is_cuda for values in statistics.values())
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["two launches", "single launch"])
+def test_a_captured_graph_follows_inputs_and_weights(single):
+    loss = objective(single_launch=single)
+    batch, tensors = terms(4)
+    run = lambda: (lambda made: (made.loss, *torch.autograd.grad(made.loss, tensors)))(loss.encoder(*batch))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed, beta_neg in ((1, 4.0), (2, 9.0)):
+        with torch.no_grad():
+            for tensor, new in zip(tensors, terms(4, seed)[1], strict=True):
+                tensor.copy_(new)
+        loss.beta_neg = beta_neg
+        graph.replay()
+        for got, want in zip(captured, run(), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_compiled_by_inductor():
+    loss = objective()
+
+    def total(batch):
+        return loss.encoder(*batch).loss + loss.decoder(*batch).loss
+
+    compiled = torch.compile(total, fullgraph=True)
+    batch, tensors = terms(4)
+    for value in (4.0, 11.0):
+        loss.beta_neg = value
+        with torch._dynamo.config.patch(error_on_recompile=value != 4.0):
+            got = compiled(batch)
+        want = total(batch)
+        torch.testing.assert_close(got, want)
+        pairs = zip(torch.autograd.grad(got, tensors), torch.autograd.grad(want, tensors), strict=True)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b)
+
+
+def test_under_autocast_images_stay_as_they_are():
+    batch, tensors = terms(2)
+    loss = objective()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        made = loss.encoder(*batch).loss
+    assert made.dtype == torch.float32 and torch.equal(made, loss.encoder(*batch).loss)
+    assert torch.autograd.grad(made, tensors)[0].dtype == torch.bfloat16
+
+
+def test_little_is_kept_between_the_passes():
+    batch, _ = terms(16)
+    loss = objective()
+    loss.encoder(*batch)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    made = loss.encoder(*batch)
+    held = torch.cuda.memory_allocated() - before
+    assert held <= 1024 * 16 and made.loss.requires_grad
+
+
+def test_few_launches():
+    from torch.profiler import ProfilerActivity, profile
+
+    batch, tensors = terms(4)
+    loss = objective()
+    torch.autograd.grad(loss.encoder(*batch).loss, tensors)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        torch.autograd.grad(loss.encoder(*batch).loss, tensors)
+        torch.cuda.synchronize()
+    launched = [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) <= 5, launched  # clear, reduce, apply; autograd's gradient of ones
+
+
+class Stress:
+    """Single launches whose losses and gradients are held against the first ones, on the device."""
+
+    def __init__(self):
+        loss = objective(single_launch=True)
+        batch, self.tensors = terms(6)
+        self.run = lambda: loss.encoder(*batch).loss
+        self.first = self._results()
+        self.wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def _results(self):
+        loss = self.run()
+        return [loss.detach(), *torch.autograd.grad(loss, self.tensors[2:3])]
+
+    def once(self):
+        for got, want in zip(self._results(), self.first, strict=True):
+            self.wrong += (got != want).any()
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("graphed", [False, True], ids=["calls", "graph replays"])
+def test_single_launch_under_stress(graphed):
+    """100,000 launches each way while another stream keeps the device busy: no hang, no wrong bit."""
+    stress = Stress()
+    stress.once()
+    busy, matrix = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    step, calls = stress.once, 100_000
+    if graphed:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(10):
+                stress.once()
+        step, calls = graph.replay, 10_000
+    for i in range(calls):
+        if i % 50 == 0:
+            with torch.cuda.stream(busy):
+                matrix @ matrix
+        step()
+    torch.cuda.synchronize()
+    assert stress.wrong.item() == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_a_device_that_is_not_the_current_one():
+    sources = leaves(chain((2, 50), 4, device="cuda:1"))
+    loss, _ = phase(sources, SOFT_MEMBERS, table(soft(50), "cuda:1"))
+    close(loss, exact(sources, SOFT_MEMBERS, table(soft(50)))[0], 2e-6)

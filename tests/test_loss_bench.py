@@ -1,0 +1,54 @@
+"""The loss bench refuses what is wrong and writes what it measured."""
+
+import csv
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    module = importlib.import_module("losses")
+
+    def wrong(inputs):
+        loss, *statistics = module.plain(inputs)
+        return loss * 1.01, *statistics
+
+    monkeypatch.setattr(
+        module,
+        "providers",
+        lambda first: {"plain": module.plain, "fused": module.fused(first), "wrong": wrong},
+    )
+    yield module
+    for name in ("losses", "measure"):
+        sys.modules.pop(name, None)
+
+
+def test_times_stand_beside_errors_and_what_is_wrong_gets_none(losses, tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(
+        sys, "argv", ["losses.py", "--out", str(tmp_path), "--batches", "4", "--sizes", "plane"]
+    )
+    monkeypatch.setattr(losses, "BATCHES", (4,))
+    try:
+        losses.main()
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "losses-cpu.json").read_text())
+    rows = {(row["provider"], row.get("direction")): row for row in found["rows"]}
+    assert set(rows) == {("wrong", None), *((p, d) for p in ("plain", "fused") for d in losses.DIRECTIONS)}
+    assert rows["wrong", None]["refused"] and "wall_ms" not in rows["wrong", None]
+    assert all(
+        row["wall_ms"] > 0 and row["loss_error"] < 1e-4 for row in found["rows"] if "refused" not in row
+    )
+    assert found["speedups"][0]["times_wall"]["plain"] > 0
+    with open(tmp_path / "losses-cpu.csv", newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(found["rows"])
+    assert (tmp_path / "losses-cpu.png").stat().st_size > 1000
