@@ -196,6 +196,32 @@ class AverageConfig(Section):
     half_life: Positive | None = Field(10_000, description="images; null: no averaged copy")
 
 
+Metric = Literal[
+    "fid",
+    "kid",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "mse",
+    "psnr",
+    "ssim",
+    "lpips",
+    "log_likelihood",
+]
+
+
+class EvaluateConfig(Section):
+    """Measurements of image models while training; see docs/evaluation.md."""
+
+    every: PositiveInt | None = Field(None, description="images, at the next tick; null: none")
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("mse", "ssim")
+    images: Annotated[int, Field(ge=6)] = Field(5_000, description="generated, and at most so many real ones")
+    data: str | None = Field(None, description="image set; null: the training images")
+    features: Literal["inception", "random"] = "inception"
+    weights: str | None = Field(None, description="file or folder of the networks' weights")
+
+
 class RunConfig(Section):
     """Where and how often things are written; all intervals in images."""
 
@@ -218,6 +244,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     average: AverageConfig = AverageConfig()
     engine: EngineConfig = EngineConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -236,6 +263,11 @@ class Config(Section):
             raise ValueError(
                 f"growth.images_per_level={self.growth.images_per_level} needs model.kind=style, "
                 f"model.kind={self.model.kind} has one size"
+            )
+        if self.evaluate.every and self.model.kind not in ("style", "residual"):
+            raise ValueError(
+                f"evaluate.every={self.evaluate.every} needs model.kind=style or residual, "
+                f"got model.kind={self.model.kind}: null leaves it out"
             )
         return self
 
@@ -261,6 +293,7 @@ class Config(Section):
                 "data": data,
                 "objective": self.objective.model_copy(update=objective),
                 "engine": self.engine.model_copy(update={"deepspeed": {}}),
+                "evaluate": self.evaluate.model_copy(update={"data": None, "weights": None}),
                 "run": self.run.model_copy(update={"folder": RunConfig().folder}),
             }
         )
@@ -268,7 +301,7 @@ class Config(Section):
     def identity(self) -> str:
         """Digest of what must not change on resume: all but names, intervals, length, hardware."""
         kept = self.to_dict()
-        for free in ("run", "engine"):
+        for free in ("run", "engine", "evaluate"):
             kept.pop(free)
         kept["train"].pop("images")
         kept["train"].pop("micro_batch")

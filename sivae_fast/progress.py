@@ -62,6 +62,10 @@ class Progress:
         ]
         return "  ".join(parts + [note] * bool(note))
 
+    def skip(self, seconds: float) -> None:
+        """Leave out time that was spent on something other than training."""
+        self._then += seconds
+
     def clear(self) -> None:
         """End the rewritten line, so that other output starts on a fresh one."""
         if self._open_line:

@@ -162,7 +162,7 @@ def _curves(stats: Sequence[dict], switches: Sequence[float]) -> str:
         charts.append(line_chart(title, _series(stats, names), switches, note, start=0))
     others = [key for s in stats for key, value in s.items() if isinstance(value, (int, float))]
     for name in dict.fromkeys(others):
-        if name not in seen:
+        if name not in seen and not name.startswith("metric/"):  # those have their own section
             charts.append(line_chart(name, _series(stats, {name: name}), switches, start=0))
     note = "<p>Over images seen. Dashed lines: level switches. Beside the names: last values.</p>"
     return f'{note}<div class="charts">{"".join(charts)}</div>' if any(charts) else ""

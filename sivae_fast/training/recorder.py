@@ -1,4 +1,4 @@
-"""What training leaves behind: ticks, pictures, checkpoints and snapshots, each at its interval of images."""
+"""What training leaves behind: ticks, metrics, pictures, checkpoints, snapshots, each at its interval."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sivae_fast.checkpoint import save_checkpoint, save_snapshot
 from sivae_fast.progress import Progress
 from sivae_fast.run import Run
 from sivae_fast.systems import save_picture
+from sivae_fast.training.evaluator import Evaluator
 
 logger = logging.getLogger("sivae_fast")
 
@@ -33,7 +34,11 @@ class Recorder:
             "checkpoint": config.run.checkpoint,
             "snapshot": config.run.snapshot,
         }
+        if config.evaluate.every:
+            self._every["evaluate"] = config.evaluate.every
         self.marks = dict(self._every)
+        # Before there is a run folder: what is missing shows here rather than hours later.
+        self._evaluator = Evaluator(config, trainer.device) if config.evaluate.every else None
         self._run = self._open() if trainer.rank == 0 else None
         self.folder = Path(self._share(str(self._run.folder) if self._run else ""))
         self.checkpoints = self.folder / "checkpoints"
@@ -44,6 +49,8 @@ class Recorder:
         """The first tick's pictures, or on resume: drops what lies beyond the checkpoint."""
         trainer = self._trainer
         self._tick_images = trainer.images
+        for kind, every in self._every.items():  # an interval that the run did not have when it was saved
+            self.marks.setdefault(kind, (trainer.images // every + 1) * every)
         if self._run is None:
             return
         self._progress = Progress(trainer.config.train.images, trainer.images)
@@ -57,12 +64,14 @@ class Recorder:
         """Writes whatever is due; `last` makes everything but the tick due. Collective where something is."""
         trainer = self._trainer
         images = trainer.images
-        due = {kind for kind, mark in self.marks.items() if images >= mark}
+        finished = images >= trainer.config.train.images
+        due = {kind for kind in self._every if images >= self.marks[kind]}
+        if "tick" not in due and not finished:
+            due.discard("evaluate")  # its results go into the line of a tick
         for kind in due:
             self.marks[kind] = (images // self._every[kind] + 1) * self._every[kind]
-        finished = images >= trainer.config.train.images
         if "tick" in due or finished:
-            self._write_tick()
+            self._write_tick(evaluate="evaluate" in due or finished)
         elif self._progress:
             self._show(tick=False)
         if self._run and ("samples" in due or finished):
@@ -87,12 +96,13 @@ class Recorder:
         run.write_config(config.to_dict())
         return run
 
-    def _write_tick(self) -> None:
+    def _write_tick(self, evaluate: bool) -> None:
         trainer = self._trainer
         started = time.perf_counter()
         values = trainer.read_meter()
         trainer.step_seconds += time.perf_counter() - started  # a GPU still has to catch up here
         trainer.meter.clear()
+        measured = self._evaluate() if evaluate and self._evaluator else {}
         if self._run is None:
             return
         stage = trainer.stage
@@ -110,11 +120,30 @@ class Recorder:
                 "step_seconds": trainer.step_seconds,
                 "data_seconds": trainer.data_seconds,
                 "memory_bytes": _memory(trainer.device),
+                **measured,
             }
         )
         self._show(tick=True, note=_note(values, stage))
         trainer.step_seconds = trainer.data_seconds = 0.0
         self._tick_images = trainer.images
+
+    def _evaluate(self) -> dict[str, float]:
+        """Metric files and log; returns the values as a tick has them. Collective."""
+        trainer, started = self._trainer, time.perf_counter()
+        weights = "averaged" if trainer.average else "raw"
+        records = self._evaluator.measure(self._model(), trainer.stage, trainer.images, weights)
+        if self._run is None:
+            return {}
+        seconds = time.perf_counter() - started
+        for name, record in records.items():
+            self._run.metric(name, record)
+        shown = ", ".join(f"{name} {record['value']:.5g}" for name, record in records.items())
+        self._progress.clear()
+        logger.info(
+            "evaluated at %s images in %.0f s: %s", f"{trainer.images:,}", seconds, shown or "nothing"
+        )
+        self._progress.skip(seconds)
+        return {f"metric/{name}": record["value"] for name, record in records.items()}
 
     def _show(self, tick: bool, note: str = "") -> None:
         trainer = self._trainer

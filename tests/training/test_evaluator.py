@@ -1,0 +1,188 @@
+"""Measurements while training: due once each, on all ranks, and training goes on as if there were none."""
+
+import json
+import random
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sivae_fast import config as configuration_module
+from sivae_fast.checkpoint import load_newest
+from sivae_fast.commands.report import report
+from sivae_fast.config import ConfigError, make_config
+from sivae_fast.evaluation.features import load_features
+from sivae_fast.inference import Inference
+from sivae_fast.measure import METRICS, evaluate
+from sivae_fast.run import read_metrics, read_stats
+from sivae_fast.training.loop import train
+
+RESIDUAL = {"kind": "residual", "resolution": 16, "channels": 1, "widths": [4, 8], "latent_size": 4}
+STYLE = {"start_channels": 4, "max_channels": 8, "latent_size": 8, "mapping_layers": 2}
+STYLE |= {"kind": "style", "resolution": 16, "channels": 1}
+MEASURED = {"every": 32, "metrics": ["fid", "mse", "log_likelihood"], "images": 20, "features": "random"}
+CLOCKS = ("time", "_seconds", "_per_second", "memory")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grey")
+    numbers = np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(numbers.integers(0, 256, (16, 16), np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def settings(folder, pictures, images=80, model=RESIDUAL, evaluate=None, **sections):
+    grows = {"growth": {"images_per_level": 24}} if model["kind"] == "style" else {}
+    run = {"folder": str(folder), "tick": 16, "checkpoint": 16, "samples": 1000, "keep": 9}
+    return make_config(
+        {
+            "model": model,
+            "objective": {"beta_neg": 16.0},
+            "data": {"path": str(pictures), "value_range": "unit", "loader": "torch"},
+            "train": {"images": images, "batch": 8, "warmup_images": 8},
+            "engine": {"kind": "torch"},
+            "run": run,
+            "evaluate": evaluate or {},
+            **grows,
+            **sections,
+        }
+    )
+
+
+def ticks(run, *left_out):
+    names = (*CLOCKS, *left_out)
+    return [{k: v for k, v in tick.items() if not any(n in k for n in names)} for tick in read_stats(run)]
+
+
+def weights(run):
+    tensors, state = load_newest(run / "checkpoints")
+    state["marks"].pop("evaluate", None)
+    return tensors, {key: value for key, value in state.items() if key != "config"}
+
+
+def assert_same_training(one, other):
+    assert ticks(one, "metric/") == ticks(other, "metric/")
+    (first, first_state), (second, second_state) = weights(one), weights(other)
+    assert first_state == second_state and first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("half_life", [100, None], ids=["averaged", "raw"])
+@pytest.mark.parametrize("model", [RESIDUAL, STYLE], ids=["residual", "style"])
+def test_training_is_bit_equal_with_and_without(tmp_path, pictures, model, half_life):
+    """The residual model has batch norm, the style model grows and its decoder draws noise."""
+    average = {"half_life": half_life}
+    plain = train(settings(tmp_path / "plain", pictures, model=model, average=average))
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    measured = train(settings(tmp_path / "on", pictures, model=model, average=average, evaluate=MEASURED))
+    assert states[0] == random.getstate() and states[1] == np.random.get_state()[1].tolist()
+    assert torch.equal(states[2], torch.get_rng_state())
+    assert_same_training(plain, measured)
+    assert [r["images"] for r in read_metrics(measured)["mse"]] == [32, 64, 80]
+    assert {r["weights"] for r in read_metrics(measured)["mse"]} == {"averaged" if half_life else "raw"}
+
+
+def test_values_are_those_of_the_command_and_reach_stats_and_report(tmp_path, pictures):
+    run = train(settings(tmp_path, pictures, evaluate=MEASURED))
+    features = load_features("random")
+    model = Inference.load(run, device="cpu", show=False)
+    expected = evaluate(model, MEASURED["metrics"], features=features, count=20)
+    found = read_metrics(run)
+    for name, record in expected.items():
+        assert found[name][-1].keys() == record.keys()
+        assert found[name][-1]["value"] == pytest.approx(record["value"], rel=1e-4)
+        in_ticks = {
+            tick["images"]: tick[f"metric/{name}"] for tick in read_stats(run) if f"metric/{name}" in tick
+        }
+        assert in_ticks == {r["images"]: r["value"] for r in found[name]}
+    page = report(run).read_text(encoding="utf-8")
+    assert "<h3>fid</h3>" in page and "<h3>metric/fid</h3>" not in page
+
+
+def test_a_resumed_run_repeats_none_and_skips_none(tmp_path, pictures):
+    straight = train(settings(tmp_path / "one", pictures, 96, evaluate=MEASURED))
+    for images in (32, 48, 96):
+        resumed = train(settings(tmp_path / "two", pictures, images, evaluate=MEASURED))
+        if images == 48:  # as after a kill: the newest checkpoint is older than the last measurement
+            for path in (resumed / "checkpoints").glob("*48.*"):
+                path.unlink()
+    assert [r["images"] for r in read_metrics(straight)["fid"]] == [32, 64, 96]
+    assert read_metrics(straight) == read_metrics(resumed) and ticks(straight) == ticks(resumed)
+
+
+def test_it_can_be_turned_on_and_off_on_the_way(tmp_path, pictures):
+    train(settings(tmp_path, pictures, 48))
+    run = train(settings(tmp_path, pictures, 80, evaluate=MEASURED))
+    assert run == train(settings(tmp_path, pictures, 96))
+    assert [r["images"] for r in read_metrics(run)["mse"]] == [64, 80]
+    assert_same_training(run, train(settings(tmp_path / "straight", pictures, 96)))
+
+
+def test_small_levels_have_no_ssim(tmp_path, pictures):
+    measured = {**MEASURED, "every": 16, "metrics": ["ssim", "psnr"]}
+    run = train(settings(tmp_path, pictures, model=STYLE, evaluate=measured))
+    found = {name: [r["images"] for r in records] for name, records in read_metrics(run).items()}
+    assert found == {"psnr": [16, 32, 48, 64, 80], "ssim": [64, 80]}  # 16 pixels from 48 images on
+
+
+def test_two_ranks_share_the_work(launch):
+    shown = {"evaluate__every": 32, "evaluate__metrics": "[fid,mse]", "evaluate__images": 20}
+    for ranks in (1, 2):
+        launch(ranks=ranks, run__name=f"of-{ranks}", evaluate__features="random", **shown)
+    one, two = (read_metrics(next((launch.folder / "runs").glob(f"*-of-{n}"))) for n in (1, 2))
+    for name in ("fid", "mse"):
+        assert [r["images"] for r in one[name]] == [r["images"] for r in two[name]] == [32, 64, 80]
+        for first, second in zip(one[name], two[name], strict=True):
+            assert first["real_images"] == second["real_images"] == 20
+            assert first["value"] == pytest.approx(second["value"], rel=0.02)  # the decoder's noise differs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": "inception"}, "Inception weights are needed: download"),
+        ({"features": "inception", "weights": "/nowhere.pth"}, "/nowhere.pth does not exist: download"),
+        ({"metrics": ["lpips"], "weights": "/nowhere"}, "LPIPS needs AlexNet, download"),
+        ({"data": "/nowhere"}, "there is no image set at /nowhere"),
+        ({"metrics": ["inception_score"]}, "evaluate.metrics"),
+        ({"metrics": []}, "evaluate.metrics"),
+        ({"images": 3}, "evaluate.images=3"),
+    ],
+)
+def test_what_is_missing_shows_before_there_is_a_run(tmp_path, pictures, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train(settings(tmp_path / "runs", pictures, evaluate={**MEASURED, **changes}))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_does_not_fit_the_model_is_named(tmp_path, pictures):
+    small = {**RESIDUAL, "resolution": 8}
+    with pytest.raises(ConfigError, match="16x16 images of 1 channels, the model takes 8x8"):
+        train(settings(tmp_path, pictures, model=small, evaluate={**MEASURED, "data": str(pictures)},
+                       data={"path": str(eight(tmp_path / "eight")), "loader": "torch"}))  # fmt: skip
+    with pytest.raises(ConfigError, match="ssim needs images of at least 11 pixels"):
+        train(settings(tmp_path, pictures, model=small, evaluate={**MEASURED, "metrics": ["ssim"]},
+                       data={"path": str(eight(tmp_path / "eight")), "loader": "torch"}))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"evaluate\.every=9 needs model\.kind=style or residual"):
+        make_config({"model": {"kind": "mlp"}, "data": {"kind": "density"}, "evaluate": {"every": 9}})
+
+
+def eight(folder):
+    folder.mkdir(exist_ok=True)
+    for i in range(6):
+        Image.new("L", (8, 8), 40 * i).save(folder / f"{i}.png")
+    return folder
+
+
+def test_the_configuration_knows_every_metric():
+    assert set(get_args(configuration_module.Metric)) == set(METRICS)
+
+
+def test_no_path_of_this_machine_leaves_it(tmp_path, pictures):
+    config = settings(tmp_path, pictures, evaluate={"data": "/home/me/faces", "weights": "/home/me/w.pth"})
+    assert "/home/me" not in json.dumps(config.portable().to_dict())
+    assert config.identity() == settings(tmp_path, pictures).identity()
