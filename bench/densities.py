@@ -43,8 +43,6 @@ OBJECTIVES = {"vae": "VAE", "introvae": "IntroVAE", "soft_introvae": "Soft-Intro
 SCORES = ("gnelbo", "kl", "jsd", "kl_nats", "jsd_nats")
 # Beside the configs, which hold Soft-IntroVAE's values. VAE: as published by the follow-up on learned priors.
 VAE = {"8gaussians": (0.8, 0.05), "2spirals": (1.0, 0.05), "checkerboard": (0.8, 0.1), "rings": (0.8, 0.05)}
-# glibc gives freed megabytes back to the system and faults them in again at every iteration.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 class Cell(NamedTuple):
@@ -94,7 +92,7 @@ def introvae_values() -> dict[str, float]:
 def train(cell: Cell, runs: Path) -> None:
     """Trains or resumes the cell, then measures it. Raises RuntimeError with the end of the log."""
     command = [sys.executable, "launch/train.py", "--config", cell.config_file(), *cell.overrides(runs)]
-    environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{cell}: {' '.join(command)}\n{done.stderr[-2000:]}")

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from densities import KEEP_MEMORY
 from plain import density_2d
 
 from sivae_fast.config import load_config
@@ -35,11 +34,10 @@ from sivae_fast.training.loop import Trainer
 REPOSITORY = Path(__file__).parents[1]
 BATCH = 512
 PHASES = ("soft", "vae")
-CONTENDERS = {  # name: (environment, overrides of the configuration; None: the plain iteration)
-    "plain": ({}, None),
-    "published schedule": ({}, ["train.schedule=published"]),
-    "minimal schedule": ({}, []),
-    "minimal schedule, memory kept": (KEEP_MEMORY, []),
+CONTENDERS = {  # overrides of the configuration; None: the plain iteration
+    "plain": None,
+    "published schedule": ["train.schedule=published"],
+    "minimal schedule": [],
 }
 
 
@@ -52,7 +50,7 @@ def make_trainer(overrides: list[str], phase: str, folder: str) -> Trainer:
 
 def contender(name: str, phase: str, folder: str) -> Callable[[], object]:
     """One training iteration, data included."""
-    overrides = CONTENDERS[name][1]
+    overrides = CONTENDERS[name]
     data = Density("8gaussians")
     if overrides is None:
         net = density_2d()
@@ -107,10 +105,10 @@ def run(threads: int, turns: int) -> dict:
     results = {phase: {name: [] for name in CONTENDERS} for phase in PHASES}
     for turn in range(turns):
         for phase in PHASES:
-            for name, (environment, _) in CONTENDERS.items():
+            for name in CONTENDERS:
                 print(f"turn {turn + 1}/{turns}  {phase}  {name}", file=sys.stderr)
                 command = [sys.executable, __file__, "--one", name, phase, "--threads", str(threads)]
-                environment = {**os.environ, **environment, "OMP_NUM_THREADS": str(threads)}
+                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
                 done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
                 results[phase][name].append(json.loads(done.stdout.splitlines()[-1]))
     return results

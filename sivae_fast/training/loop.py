@@ -16,6 +16,7 @@ from sivae_fast.growth import Schedule, Stage
 from sivae_fast.systems import error_function, make_data, make_model, make_objective, make_schedule
 from sivae_fast.training.averaging import Average
 from sivae_fast.training.engine import check_engine, deepspeed_missing, distributed, make_engine
+from sivae_fast.training.memory import keep_freed_memory
 from sivae_fast.training.meter import Meter, first_not_finite, means
 from sivae_fast.training.optim import make_optimizer, set_learning_rate
 from sivae_fast.training.recorder import Recorder
@@ -64,6 +65,8 @@ class Trainer:
     ):
         self.config, self.schedule = config, schedule
         self.rank, self.world, self.device = rank, world, device
+        if device.type == "cpu":
+            keep_freed_memory()
         self.data = make_data(config, device, show=rank == 0)
         self.model = make_model(config).to(device)
         self.objective = make_objective(config, self.data.input_shape).to(device)
