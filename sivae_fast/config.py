@@ -83,6 +83,7 @@ class TwoEncoderModelConfig(Section):
     class_size: PositiveInt = 256
     content_size: PositiveInt = 128
     width: PositiveInt = 64
+    swapped_fakes: bool = Field(False, description="swapped pairs as a third kind of fake; even batches")
 
 
 ModelConfig = Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ class Model(nn.Module):
     uses_batch_statistics: bool = False
     #: True where `encode` takes a stream as its second argument and draws from it while training.
     random_encoder: bool = False
+    #: Names of the fakes that training makes beside reconstructions and prior samples.
+    further_fakes: tuple[str, ...] = ()
 
     def encode(self, x: Tensor) -> Posterior:
         raise NotImplementedError
@@ -48,6 +50,10 @@ class Model(nn.Module):
     def decode_fake(self, z: Tensor, stream: Stream | None = None) -> Tensor:
         """Reconstruction of a fake from latents [B, Z]; the bootstrap variant has a lagged decoder here."""
         return self.decode(z, stream)
+
+    def further_latents(self, z: Tensor) -> Sequence[Tensor]:
+        """Latents [B, Z] of each of `further_fakes`, made of posterior draws z [B, Z] of a batch."""
+        return ()
 
     @torch.no_grad()
     def sample(self, count: int, seed: int = 0) -> Tensor:

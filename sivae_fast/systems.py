@@ -34,6 +34,8 @@ def make_objective(config: Config, input_shape: tuple[int, ...]):
         "beta_kl": settings.beta_kl,
         "prior_std": getattr(config.model, "prior_std", 1.0),
     }
+    if getattr(config.model, "swapped_fakes", False):
+        common["fakes"] = dict.fromkeys(("rec", "fake", "swap"), 1 / 3)
     if settings.reconstruction not in ("chamfer", "perceptual"):
         common["reconstruction"] = settings.reconstruction
     beta_neg = settings.beta_neg if isinstance(settings.beta_neg, (int, float)) else settings.beta_neg[0]

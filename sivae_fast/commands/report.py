@@ -19,21 +19,21 @@ from sivae_fast.run import read_metrics, read_stats
 CHARTS = (
     (
         "Reconstruction error",
-        {"rec_real": "real", "rec_rec": "reconstruction", "rec_fake": "sample"},
+        {"rec_real": "real", "rec_rec": "reconstruction", "rec_fake": "sample", "rec_swap": "swapped"},
         "Summed over the values of an image. Real images should fall; a rise at a level switch is normal.",
     ),
     (
         "KL to the prior",
-        {"kl_real": "real", "kl_rec": "reconstruction", "kl_fake": "sample"},
+        {"kl_real": "real", "kl_rec": "reconstruction", "kl_fake": "sample", "kl_swap": "swapped"},
         "The encoder raises the KL of fakes, the decoder lowers it. Fakes should stay above real images by a "
         "margin; if they fall below, or run away, change beta_neg.",
     ),
     (
         "exp(ELBO) of fakes",
-        {"exp_elbo_rec": "reconstruction", "exp_elbo_fake": "sample"},
+        {"exp_elbo_rec": "reconstruction", "exp_elbo_fake": "sample", "exp_elbo_swap": "swapped"},
         "What the encoder pushes towards 0. At 0 it has won: the push is gone and only the decoder learns.",
     ),
-    ("Hinge of fakes", {"hinge_rec": "reconstruction", "hinge_fake": "sample"}, ""),
+    ("Hinge of fakes", {"hinge_rec": "reconstruction", "hinge_fake": "sample", "hinge_swap": "swapped"}, ""),
     (
         "Losses",
         {"loss_vae": "VAE (warm-up)", "loss_encoder": "encoder", "loss_decoder": "decoder"},

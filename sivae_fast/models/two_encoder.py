@@ -8,7 +8,7 @@ and the Gaussian posteriors on both codes are ours; the paper gives none.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ class TwoEncoderModel(Model):
 
     The first `class_size` of the latent_size = class_size + content_size numbers are the class code, so the
     posterior's KL is the sum of both. `width` is that of the first layer (LORD: 64); R is a power of two, at
-    least 8. Raises ValueError for other sizes.
+    least 8. `swapped_fakes`: training exchanges the contents of every two neighbours of a batch, which must
+    be even, and treats the result as a third kind of fake (our addition). Raises ValueError for other sizes.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class TwoEncoderModel(Model):
         class_size: int = 256,
         content_size: int = 128,
         width: int = 64,
+        swapped_fakes: bool = False,
     ):
         super().__init__()
         if resolution < 8 or resolution & (resolution - 1):
@@ -46,6 +48,7 @@ class TwoEncoderModel(Model):
                 raise ValueError(f"{option}={value}: must be positive{', and even' * (option == 'width')}")
         self.resolution, self.class_size, self.content_size = resolution, class_size, content_size
         self.latent_size = class_size + content_size
+        self.further_fakes = ("swap",) if swapped_fakes else ()
         halvings = (resolution // _SMALLEST).bit_length() - 1
         self.class_encoder = _encoder(channels, width, halvings, class_size)
         self.content_encoder = _encoder(channels, width, halvings, content_size)
@@ -68,6 +71,12 @@ class TwoEncoderModel(Model):
     def swap(self, class_of: Tensor, content_of: Tensor) -> Tensor:
         """Latents with the class code of the one and the content code of the other, [B, latent_size] each."""
         return torch.cat([self.split(class_of)[0], self.split(content_of)[1]], 1)
+
+    def further_latents(self, z: Tensor) -> Sequence[Tensor]:
+        if not self.further_fakes:
+            return ()
+        # Neighbours, so that the pairs are the same for any number of ranks and micro-batches.
+        return (self.swap(z, z.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)),)
 
     def encoder_modules(self) -> Iterable[nn.Module]:
         return [self.class_encoder, self.content_encoder]

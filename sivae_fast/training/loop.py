@@ -212,7 +212,8 @@ class Trainer:
 
 
 def check_batches(config: Config, schedule: Schedule, world: int) -> None:
-    """Raises ConfigError where a level's global batch does not divide over ranks and micro-batches."""
+    """Raises ConfigError where a level's global batch does not divide over ranks and micro-batches, or not in
+    pairs."""
     first = schedule.lod(0)
     for lod in range(first, schedule.levels):
         batch = schedule._batch[lod]
@@ -221,7 +222,12 @@ def check_batches(config: Config, schedule: Schedule, world: int) -> None:
                 f"train.batch={batch} (level {lod}) does not divide over {world} ranks: "
                 f"use a multiple of {world}, e.g. {-(-batch // world) * world}"
             )
-        _pieces(config, batch, world)
+        images = batch // world // _pieces(config, batch, world)
+        if getattr(config.model, "swapped_fakes", False) and images % 2:
+            raise ConfigError(
+                f"train.batch={batch} over {world} ranks goes in passes of {images} images: "
+                "model.swapped_fakes=true needs an even number"
+            )
 
 
 def _pieces(config: Config, batch: int, world: int) -> int:

@@ -55,6 +55,19 @@ def test_trains_and_leaves_a_model(system, request, tmp_path):
     assert model.decode(z).shape[0] == 2 and model.images == 48
 
 
+def test_swapped_pairs_are_a_third_kind_of_fake(translation, tmp_path):
+    translation["model"]["swapped_fakes"] = True
+    folder = run(tmp_path / "runs", translation)
+    lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    assert lines[-1]["kl_swap"] > 0 and "kl_swap" not in lines[1]
+    assert load(folder).images == 48
+    translation["train"] = {"images": 9, "batch": 3}
+    with pytest.raises(
+        ConfigError, match=r"train\.batch=3 .* model\.swapped_fakes=true needs an even number"
+    ):
+        run(tmp_path / "odd", translation)
+
+
 def test_perceptual_error_needs_its_weights(translation, tmp_path):
     translation["objective"] = {"reconstruction": "perceptual"}
     with pytest.raises(ConfigError, match="perceptual needs the file of VGG16's weights"):
