@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 python3 -c "import sivae_fast.kernels" 2>/dev/null || python3 -m pip install -q --no-deps --no-build-isolation -e . || exit 1
 python3 -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU')" \
   | tee "$out/machine.txt"
+device=$(python3 -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 failed=0
 run() { # NAME COMMAND...: keeps the output, goes on after a failure
   echo "== $1"
@@ -18,12 +19,8 @@ run() { # NAME COMMAND...: keeps the output, goes on after a failure
   [ "$code" = 0 ] || [ "$code" = 5 ] || failed=1 # 5: pytest had nothing to run
 }
 run tests python3 -m pytest -o addopts="" -q -m gpu --benchmark-skip --continue-on-collection-errors tests
-for bench in losses step chamfer; do
-  [ -f "bench/$bench.py" ] || continue
-  case $bench in
-    step) run step python3 bench/step.py --resolution "${RESOLUTION:-256}" --batch "${BATCH:-8}" --out "$out/step.json" ;;
-    losses) run losses python3 bench/losses.py --out "$out" ;;
-    chamfer) run chamfer python3 bench/chamfer.py ;;
-  esac
-done
+run losses python3 bench/losses.py --out "$out"
+run step python3 bench/step.py --resolution "${RESOLUTION:-256}" --batches ${BATCHES:-8 16 32 64} \
+  --out "$out/step-$device.json"
+run chamfer python3 bench/chamfer.py
 exit $failed

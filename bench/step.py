@@ -1,118 +1,154 @@
-"""Cost of one style iteration: the minimal schedule against the published one, in one process.
+"""Cost of one style iteration, optimizers included: the plain published trainer, and the project's schedules.
 
     python bench/step.py --out bench/results/step-cpu.json
 
-Rounds of both are interleaved; a row holds the median. On the CPU the clock is processor time, so that other
-programs on the machine do not count. Before timing, one float64 update of each schedule with equal draws must
-agree to 1e-10; otherwise nothing is written.
+Rounds of all are interleaved; a row holds the median. On the CPU the clock is processor time, so that other
+programs on the machine do not count. Before timing, one float64 update of each must agree to 1e-7; otherwise
+nothing is written. On a GPU there are also the compiled bf16 versions of both; --batches then tries several
+batches and each provider counts with its best.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import machine
+from plain_style import PlainStyle
+from plain_trainer import PlainTrainer
 
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.files import write_text
 from sivae_fast.models.style import StyleModel
+from sivae_fast.models.style_names import our_name, swap_layout
 from sivae_fast.objectives import SoftIntroVAE
+from sivae_fast.training.averaging import Average
+from sivae_fast.training.engine import make_engine
+from sivae_fast.training.memory import keep_freed_memory
+from sivae_fast.training.optim import make_optimizer, set_learning_rate
 from sivae_fast.training.step import Step
 
-PROVIDERS = {
-    "published": {"schedule": "published", "fresh_draws": True},
-    "minimal, decoding twice": {"schedule": "minimal", "share_forward": False},
-    "minimal": {"schedule": "minimal"},
-}
+WEIGHTS = {"beta_rec": 0.1, "beta_kl": 0.2, "beta_neg": 512.0, "scale": 5e-6}
+Iteration = Callable[[torch.Tensor, Draws], None]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--start-channels", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    agreement = largest_difference()
-    if agreement > 1e-10:
-        raise SystemExit(f"the schedules disagree by {agreement:.1e}: no timing")
-    result = measure(options, device)
-    result["updates_differ_at_most"] = agreement
-    print(json.dumps(result, indent=1))
-    if options.out:
-        write_text(options.out, json.dumps(result, indent=1) + "\n")
+class Ours:
+    """One iteration as the training loop makes it, averaging included."""
+
+    def __init__(
+        self,
+        model: StyleModel,
+        *,
+        compile: bool = False,
+        weights: dict = WEIGHTS,
+        learning_rate: float = 2e-5,
+        **step,
+    ):
+        gamma_r = 1e-8 if step.get("schedule") == "published" else 0.0
+        objective = SoftIntroVAE(gamma_r=gamma_r, **weights).to(next(model.parameters()).device)
+        self.model, self.step = model, Step(model, objective, **step)
+        optimizer = functools.partial(make_optimizer, betas=(0.0, 0.99))
+        self.encoder, self.decoder = (
+            make_engine(model, side, optimizer, kind="torch") for side in ("encoder", "decoder")
+        )
+        for engine in (self.encoder, self.decoder):
+            set_learning_rate(engine.optimizer, learning_rate)
+        self.average = Average(model, 10_000)
+        if compile:
+            for network in [*model.encoder_modules(), *model.decoder_modules()]:
+                network.compile()
+
+    def __call__(self, x: torch.Tensor, draws: Draws) -> None:
+        loss, shared = self.step.encoder_phase(x, draws)
+        self.encoder.backward(loss.loss)
+        self.encoder.step()
+        self.decoder.backward(self.step.decoder_phase(x, draws, shared).loss)
+        self.decoder.step()
+        self.average.update(len(x))
+
+
+def providers(device: torch.device) -> dict[str, Callable[[StyleModel], Iteration]]:
+    plain = lambda model, **options: PlainTrainer(
+        PlainStyle(model).to(device), **WEIGHTS, learning_rate=2e-5, **options
+    )
+    found = {
+        "plain": plain,
+        "published schedule": functools.partial(Ours, schedule="published", fresh_draws=True),
+        "minimal, decoding twice": functools.partial(Ours, schedule="minimal", share_forward=False),
+        "minimal": Ours,
+    }
+    if device.type == "cuda":
+        quick = {"autocast": torch.bfloat16, "compile": True}
+        found["plain, compiled, bf16"] = functools.partial(plain, **quick)
+        found["minimal, bf16"] = functools.partial(Ours, autocast=torch.bfloat16)
+        found["minimal, compiled, bf16"] = functools.partial(Ours, **quick)
+    return found
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict:
-    """Median seconds of an iteration without optimizers for each provider, and their ratios."""
+    """Median seconds an image of each provider at its best batch, and ratios to the plain trainer."""
     torch.manual_seed(0)
     model = StyleModel(options.resolution, start_channels=options.start_channels).to(device)
-    x = torch.randn(options.batch, 3, options.resolution, options.resolution, device=device)
-    steps = {name: make_step(model, **settings) for name, settings in PROVIDERS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(options.rounds + 1):
-        for name, step in steps.items():
-            started = clock(device)
-            iterate(step, x, Draws(0, round_, Rows.all(len(x)), device))
-            if round_:  # the first round warms up
-                seconds[name].append(clock(device) - started)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = []
+    for batch in options.batches:
+        rows += measure_batch(model, batch, options.rounds, device)
+    best = {}
+    for row in rows:
+        if "seconds" in row:
+            known = best.get(row["provider"])
+            better = known is None or row["seconds_an_image"] < known["seconds_an_image"]
+            best[row["provider"]] = row if better else known
+    plain = best["plain"]["seconds_an_image"]
     return {
-        "command": f"python bench/step.py --resolution {options.resolution} --batch {options.batch}",
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "command": f"python bench/step.py --resolution {options.resolution} --batches "
+        + " ".join(map(str, options.batches)),
+        **machine(device.type),
         "clock": "wall, synchronised" if device.type == "cuda" else "processor time",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit(),
+        "resolution": options.resolution,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": {name: round(value, 4) for name, value in medians.items()},
-        "spread": {name: [round(min(v), 4), round(max(v), 4)] for name, v in seconds.items()},
-        "ratio_to_published": {name: round(v / medians["published"], 3) for name, v in medians.items()},
+        "best": best,
+        "ratio_to_plain": {name: round(row["seconds_an_image"] / plain, 3) for name, row in best.items()},
+        "rows": rows,
     }
 
 
-def make_step(model: StyleModel, **settings) -> Step:
-    gamma_r = 1e-8 if settings["schedule"] == "published" else 0.0
-    objective = SoftIntroVAE(beta_rec=0.1, beta_kl=0.2, beta_neg=512.0, scale=5e-6, gamma_r=gamma_r)
-    return Step(model, objective.to(next(model.parameters()).device), **settings)
+def measure_batch(model: StyleModel, batch: int, rounds: int, device: torch.device) -> list[dict]:
+    x = torch.randn(batch, 3, model.resolution, model.resolution, device=device)
+    seconds: dict[str, list[float]] = {}
+    iterations, rows = {}, []
+    for name, make in providers(device).items():
+        iterations[name] = make(copy.deepcopy(model))
+    for round_ in range(rounds + 1):
+        for name in list(iterations):
+            try:
+                spent = timed(iterations[name], x, round_, device)
+            except torch.OutOfMemoryError:
+                rows.append({"provider": name, "batch": batch, "refused": "out of memory"})
+                del iterations[name]
+                torch.cuda.empty_cache()
+                continue
+            if round_:  # the first round warms up and compiles
+                seconds.setdefault(name, []).append(spent)
+    for name, values in seconds.items():
+        if name in iterations:
+            median = statistics.median(values)
+            row = {"provider": name, "batch": batch, "seconds": round(median, 5)}
+            row |= {"seconds_an_image": median / batch, "least": min(values), "most": max(values)}
+            rows.append(row)
+    return rows
 
 
-def iterate(step: Step, x: torch.Tensor, draws: Draws) -> None:
-    loss, shared = step.encoder_phase(x, draws)
-    loss.loss.backward()
-    step.decoder_phase(x, draws, shared).loss.backward()
-    for parameter in [*step.encoder_parameters, *step.decoder_parameters]:
-        parameter.grad = None
-
-
-def largest_difference() -> float:
-    """Largest relative difference of any gradient between the schedules, equal draws, float64."""
-    torch.manual_seed(0)
-    model = StyleModel(16, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2).double()
-    with torch.no_grad():  # a constant map before an instance norm would amplify rounding
-        model.decoder.const.normal_()
-    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
-    found = []
-    for schedule in ("published", "minimal"):
-        objective = SoftIntroVAE(beta_rec=0.5, beta_kl=0.3, beta_neg=4.0, scale=0.01, gamma_r=0.0)
-        step = Step(copy.deepcopy(model), objective, schedule=schedule)
-        draws = Draws(0, 0, Rows.all(4))
-        loss, shared = step.encoder_phase(x, draws)
-        loss.loss.backward()
-        step.decoder_phase(x, draws, shared).loss.backward()
-        found.append([p.grad for p in step.model.parameters()])
-    pairs = [(a, b) for a, b in zip(*found, strict=True) if a is not None]
-    return max(float((a - b).norm() / (a.norm() + 1e-12)) for a, b in pairs)
+def timed(iteration: Iteration, x: torch.Tensor, round_: int, device: torch.device) -> float:
+    started = clock(device)
+    iteration(x, Draws(0, round_, Rows.all(len(x)), device))
+    return clock(device) - started
 
 
 def clock(device: torch.device) -> float:
@@ -122,9 +158,75 @@ def clock(device: torch.device) -> float:
     return time.process_time()
 
 
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+def largest_difference() -> float:
+    """Largest relative difference of any parameter's gradient between plain, published and minimal, float64.
+
+    The plain trainer draws anew for its decoder phase; it is held against the published schedule that does
+    so, too, and the minimal schedule against the published one with shared draws.
+    """
+    torch.manual_seed(0)
+    model = StyleModel(16, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2).double()
+    with torch.no_grad():  # a constant map before an instance norm would amplify rounding
+        model.decoder.const.normal_()
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    common = {
+        "weights": {"beta_rec": 0.5, "beta_kl": 0.3, "beta_neg": 4.0, "scale": 0.01},
+        "learning_rate": 0.0,
+    }
+    ours = lambda **step: gradients(Ours(copy.deepcopy(model), **common, **step), x)
+    plain = PlainTrainer(PlainStyle(model), **common["weights"], learning_rate=0.0)
+    pairs = [
+        (renamed(gradients(plain, x)), ours(schedule="published", fresh_draws=True)),
+        (ours(schedule="published"), ours(schedule="minimal")),
+        (ours(schedule="published"), ours(schedule="minimal", share_forward=False)),
+    ]
+    if any(a.keys() != b.keys() for a, b in pairs):
+        raise SystemExit("the schedules train different parameters: no timing")
+    both = [(a[name], b[name]) for a, b in pairs for name in a]
+    return max(float((a - b).norm() / (a.norm() + 1e-12)) for a, b in both)
+
+
+def gradients(iteration: PlainTrainer | Ours, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the optimizers see in one iteration, by parameter name."""
+    found = {}
+
+    def keep(parameter, name):
+        found[name] = parameter.grad.clone()
+
+    for name, parameter in iteration.model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(functools.partial(keep, name=name))
+    iteration(x, Draws(0, 0, Rows.all(len(x))))
+    return found
+
+
+def renamed(published: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients of the plain networks under the names and in the layouts of `StyleModel`."""
+    names = {key: our_name(*key.split(".", 1)) for key in published}
+    return {name: swap_layout(name, published[key]) for key, name in names.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--start-channels", type=int, default=64)
+    parser.add_argument("--batches", type=int, nargs="+", default=[4])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    else:
+        keep_freed_memory()
+    agreement = largest_difference()
+    if agreement > 1e-7:
+        raise SystemExit(f"the updates differ by {agreement:.1e}: no timing")
+    result = {**measure(options, device), "updates_differ_at_most": agreement}
+    print(json.dumps(result, indent=1))
+    if options.out:
+        write_text(options.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.plain_style import PlainStyle, kernel4
 from sivae_fast.draws import Draws, Joined, Rows, Stream
 from sivae_fast.models.style import StyleModel
 from sivae_fast.models.style_layers import Moments, double, halve
 from sivae_fast.models.style_names import from_published, to_published
-from tests.plain_style import PlainStyle, kernel4
 
 LAST = torch.channels_last
 
