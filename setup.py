@@ -15,7 +15,7 @@ train = [
     "tensorboard",
     "tqdm",
 ]
-evaluate = ["matplotlib", "scipy", "scikit-learn"]
+evaluate = ["matplotlib", "scipy", "scikit-learn", "h5py", "POT"]  # also readers of .mat and .h5
 image_metrics = ["torch-fidelity", "torchmetrics"]  # need torchvision
 export = ["onnx", "onnxscript", "onnxruntime"]
 hub = ["huggingface_hub>=1.0"]

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(config.to_yaml(), end="")
         else:
             train(config)
-    except (ConfigError, CheckpointError, Diverged, RunInUse, ValueError, OSError) as error:
+    except (ConfigError, CheckpointError, Diverged, RunInUse, ImportError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

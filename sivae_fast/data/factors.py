@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sivae_fast.data import pixels
+from sivae_fast.data.h5 import open_h5
 from sivae_fast.data.held import Held
 from sivae_fast.data.made_images import made_images
 from sivae_fast.draws import Draws
@@ -115,7 +116,7 @@ def _car(file: Path) -> np.ndarray:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise ImportError(f"{file}: reading .mat needs scipy, `pip install scipy`") from error
+        raise ImportError(f"{file}: reading .mat needs scipy: pip install 'sivae-fast[eval]'") from error
     try:
         content = loadmat(file)
     except (ValueError, NotImplementedError, OSError, TypeError) as error:
@@ -161,7 +162,10 @@ def _norb_matrix(path: Path, name: str) -> np.ndarray:
         raise ValueError(
             f"data.path={path}: {name} (or {name}.gz) is missing, it holds the factors or the images"
         )
-    data = (gzip.decompress if file.suffix == ".gz" else bytes)(file.read_bytes())
+    try:
+        data = (gzip.decompress if file.suffix == ".gz" else bytes)(file.read_bytes())
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{file}: not a complete gzip file: {error}") from error
     magic, dimensions = np.frombuffer(data, "<i4", 2) if len(data) >= 20 else (0, 0)
     if magic not in _NORB_TYPES or not 1 <= dimensions <= 8:
         raise ValueError(f"{file}: not a matrix of the NORB format")
@@ -176,11 +180,7 @@ def _norb_matrix(path: Path, name: str) -> np.ndarray:
 
 
 def _shapes3d(path: Path, resolution: int) -> Factors:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(f"{path}: reading HDF5 needs h5py, `pip install h5py`") from error
-    with h5py.File(path) as file:
+    with open_h5(path) as file:
         if not {"images", "labels"} <= set(file) or file["labels"].shape[1:] != (6,):
             raise ValueError(
                 f"{path} holds {', '.join(file)}: accepted are images [n, H, W, 3] and labels [n, 6]"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sivae_fast.data import solids
+from sivae_fast.data.h5 import open_h5
 from sivae_fast.data.held import Held
 from sivae_fast.data.ply import read_ply
 from sivae_fast.draws import Draws
@@ -117,7 +118,10 @@ def _read_made(path, split: str, classes: tuple[str, ...], points: int) -> Group
 
 
 def _read_npy(path, split: str, classes: tuple[str, ...], points: int) -> Groups:
-    clouds = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        clouds = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a .npy array of numbers: {error}") from error
     if clouds.ndim != 3 or clouds.shape[2] != 3:
         raise ValueError(f"{path} holds {list(clouds.shape)}: accepted is [n, points, 3]")
     names = _chosen(classes, (Path(path).stem,), path)
@@ -156,24 +160,25 @@ def _read_modelnet(path, split: str, classes: tuple[str, ...], points: int) -> G
 
 
 def _read_h5(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(f"{file}: reading HDF5 needs h5py, `pip install h5py`") from error
-    with h5py.File(file) as archive:
-        if not {"data", "label"} <= set(archive):
-            raise ValueError(f"{file} holds {', '.join(archive) or 'nothing'}: 'data' and 'label' are needed")
+    with open_h5(file) as archive:
+        if not {"data", "label"} <= set(archive) or archive["data"].shape[2:] != (3,):
+            held = ", ".join(f"{name} {list(archive[name].shape)}" for name in archive) or "nothing"
+            raise ValueError(f"{file} holds {held}: accepted are data [n, points, 3] and label [n]")
         return archive["data"][:].astype(np.float32), archive["label"][:].astype(np.int64).ravel()
 
 
 def _checked(cloud: np.ndarray, where: str, points: int, resample: bool) -> np.ndarray:
     cloud = np.asarray(cloud, np.float32)
     if not len(cloud) or not np.isfinite(cloud).all():
-        raise ValueError(f"{where}: {'a coordinate is not finite' if len(cloud) else 'no points'}")
+        found = "a coordinate is not finite" if len(cloud) else "there are no points"
+        raise ValueError(f"{where}: {found}, accepted are {points} points of finite numbers")
     if len(cloud) == points:
         return cloud
     if not resample:
-        raise ValueError(f"{where} has {len(cloud)} points, data.points={points}: change it, or resample")
+        raise ValueError(
+            f"{where} has {len(cloud)} points, data.points={points} accepts that many: change it, or draw "
+            "as many from every cloud with data.resample=true"
+        )
     order = np.random.Generator(np.random.Philox(len(cloud))).permutation(len(cloud))
     return cloud[np.resize(order, points)]
 

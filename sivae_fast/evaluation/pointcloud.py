@@ -102,7 +102,7 @@ def emd_distances(samples: Tensor, reference: Tensor) -> Tensor:
     try:
         import ot
     except ImportError as error:
-        raise ImportError("the earth mover's distance needs POT: `pip install POT`") from error
+        raise ImportError("the earth mover's distance needs POT: pip install 'sivae-fast[eval]'") from error
     weights = [
         torch.full((clouds.shape[1],), 1 / clouds.shape[1]).double().numpy()
         for clouds in (samples, reference)

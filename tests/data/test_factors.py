@@ -2,6 +2,8 @@
 
 import gzip
 import struct
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -159,6 +161,43 @@ def test_kth(tmp_path):
         video.rename(tmp_path / video.name.replace("handwaving", "running"))
     with pytest.raises(ValueError, match="handwaving_d4"):
         load_factors(tmp_path)
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    (tmp_path / "car.mat").write_bytes(b"MATLAB")
+    (tmp_path / "3dshapes.h5").write_bytes(b"HDF")
+    for name in ("scipy", "scipy.io", "h5py"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        ImportError, match=r"car\.mat: reading \.mat needs scipy: pip install 'sivae-fast\[eval"
+    ):
+        load_factors(tmp_path)
+    with pytest.raises(
+        ImportError, match=r"3dshapes\.h5: reading HDF5 needs h5py: pip install 'sivae-fast\[ev"
+    ):
+        load_factors(tmp_path / "3dshapes.h5")
+
+
+def test_images_without_factors(tmp_path):
+    """Training images alone, in a folder or a zip, do not tell class and content."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    for path in (tmp_path, tmp_path / "images.zip"):
+        with pytest.raises(ValueError, match=r"data\.path=.*: accepted are a folder with the \.mat files"):
+            load_factors(path)
+
+
+def test_damaged_archives(tmp_path):
+    pytest.importorskip("h5py")
+    (tmp_path / "a.h5").write_bytes(b"no HDF5 at all")
+    with pytest.raises(ValueError, match=r"a\.h5: not an HDF5 archive"):
+        load_factors(tmp_path / "a.h5")
+    write_norb(tmp_path, zipped=True)
+    dat = tmp_path / "smallnorb-5x2-training-dat.mat.gz"
+    dat.write_bytes(dat.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"dat\.mat\.gz: not a complete gzip file"):
+        load_factors(tmp_path, 6)
 
 
 def test_nothing_known(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_modelnet_layout(tmp_path):
         load_clouds(tmp_path, classes=("lamp",), points=8)
     with h5py.File(tmp_path / "ply_data_test0.h5", "w") as file:
         file["clouds"] = np.zeros(3)
-    with pytest.raises(ValueError, match="holds clouds: 'data' and 'label'"):
+    with pytest.raises(ValueError, match=r"holds clouds \[3\]: accepted are data \[n, points, 3\] and label"):
         load_clouds(tmp_path, "test", points=8)
 
 
@@ -121,7 +122,7 @@ def test_array(tmp_path):
 def test_wrong_number_of_points(tmp_path):
     clouds = np.arange(60, dtype=np.float32).reshape(2, 10, 3)
     np.save(tmp_path / "a.npy", clouds)
-    with pytest.raises(ValueError, match="has 10 points"):
+    with pytest.raises(ValueError, match=r"a\.npy\[0\] has 10 points, data\.points=6 .* data\.resample=true"):
         load_clouds(tmp_path / "a.npy", points=6)
     for points in (6, 25):
         got = load_clouds(tmp_path / "a.npy", points=points, resample=True).points[0]
@@ -135,7 +136,7 @@ def test_bad_sets(tmp_path):
     clouds = np.zeros((20, 4, 3), np.float32)
     clouds[3, 2, 1] = np.nan
     np.save(tmp_path / "a.npy", clouds)
-    with pytest.raises(ValueError, match=r"a\.npy\[3\]: a coordinate is not finite"):
+    with pytest.raises(ValueError, match=r"a\.npy\[3\]: a coordinate is not finite, accepted are 4 points"):
         load_clouds(tmp_path / "a.npy", points=4)
     with pytest.raises(ValueError, match="class folders"):
         load_clouds(tmp_path)
@@ -145,6 +146,26 @@ def test_bad_sets(tmp_path):
         load_clouds(None, "val")
     with pytest.raises(ValueError, match="made solids are"):
         load_clouds(None, classes=("boat",))
+
+
+def test_damaged_archives(tmp_path):
+    pytest.importorskip("h5py")
+    (tmp_path / "ply_data_train0.h5").write_bytes(b"no HDF5 at all")
+    with pytest.raises(ValueError, match=r"ply_data_train0\.h5: not an HDF5 archive"):
+        load_clouds(tmp_path)
+    for content in (b"", b"no array"):
+        (tmp_path / "a.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.npy: not a \.npy array of numbers"):
+            load_clouds(tmp_path / "a.npy")
+
+
+def test_missing_h5py_is_named(tmp_path, monkeypatch):
+    (tmp_path / "ply_data_train0.h5").write_bytes(b"HDF")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(
+        ImportError, match=r"train0\.h5: reading HDF5 needs h5py: pip install 'sivae-fast\[eval"
+    ):
+        load_clouds(tmp_path)
 
 
 def test_made_set():

@@ -1,6 +1,7 @@
 """Point cloud metrics on cases with known values."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -70,6 +71,12 @@ def test_emd_distances():
     square = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]]])
     clouds = torch.cat([square, square[:, [2, 0, 3, 1]] + torch.tensor([0, 0, 0.5])])
     torch.testing.assert_close(emd_distances(clouds, square), torch.tensor([[0.0], [0.5]]))
+
+
+def test_missing_pot_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ot", None)
+    with pytest.raises(ImportError, match=r"needs POT: pip install 'sivae-fast\[eval\]'"):
+        emd_distances(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
 
 
 def test_mmd_and_coverage():

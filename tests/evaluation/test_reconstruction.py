@@ -1,8 +1,10 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from sivae_fast.evaluation.reconstruction import load_lpips, mse, psnr, ssim
+from sivae_fast.evaluation.reconstruction import ALEXNET, load_lpips, mse, psnr, ssim
 
 
 def pair(channels=3, size=20):
@@ -44,4 +46,12 @@ def test_ssim_refuses_images_that_its_window_does_not_fit():
 
 def test_missing_lpips_weights_say_where_to_get_them(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"download https://download\.pytorch\.org/models/alexnet"):
+        load_lpips(tmp_path)
+
+
+def test_missing_lpips_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ALEXNET).touch()
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
+    with pytest.raises(ImportError, match=r"needs torchmetrics and torchvision .*'sivae-fast\[eval\]'"):
         load_lpips(tmp_path)
