@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="sivae-fast", description=__doc__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _add_doctor(commands)
     _add_prepare(commands)
     _add_check(commands)
     _add_sample(commands)
@@ -53,6 +54,30 @@ def _command(commands, name: str, function, summary: str) -> argparse.ArgumentPa
     )
     added.set_defaults(command=function)
     return added
+
+
+def _add_doctor(commands) -> None:
+    add = _command(
+        commands, "doctor", _doctor, "Check this machine, or all ranks of a launch, before training."
+    ).add_argument
+    add("--config", help="YAML file that is to be trained; without it: only what needs none")
+    add("--timeout", type=float, default=60, help="seconds to wait for other ranks")
+    add("overrides", nargs="*", metavar="section.key=value", help="as for training")
+
+
+def _doctor(config, timeout, overrides) -> None:
+    import os
+
+    from sivae_fast.commands.doctor import doctor
+
+    failed = 0
+    for finding in doctor(config, overrides, timeout):
+        failed += finding.verdict == "failed"
+        alone = finding.check == "ranks" and finding.verdict == "failed"  # nobody else can say it
+        if alone or os.environ.get("RANK", "0") == "0":
+            print(finding, flush=True)
+    if failed:
+        raise SystemExit(1)
 
 
 def _add_prepare(commands) -> None:
