@@ -17,10 +17,12 @@ train = [
 ]
 evaluate = ["matplotlib", "scipy", "scikit-learn", "h5py", "POT"]  # also readers of .mat and .h5
 image_metrics = ["torch-fidelity", "torchmetrics"]  # need torchvision
+video = ["av"]
 export = ["onnx", "onnxscript", "onnxruntime"]
 hub = ["huggingface_hub>=1.0"]
 tests = ["pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "ruff", "import-linter"]
-develop = ["triton", *tests, *evaluate, *export, *hub]  # triton: torch brings its own where there is a GPU
+# triton: torch brings its own where there is a GPU
+develop = ["triton", *tests, *evaluate, *video, *export, *hub]
 
 setup(
     name="sivae-fast",
@@ -36,6 +38,7 @@ setup(
     extras_require={
         "train": train,
         "eval": evaluate + image_metrics,
+        "video": video,
         "export": export,
         "hub": hub,
         "dev": develop,

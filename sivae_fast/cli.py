@@ -185,7 +185,7 @@ def _add_interpolate(commands) -> None:
     command = _command(commands, "interpolate", _interpolate, "Pictures between pictures, or an animation.")
     _add_model(command)
     command.add_argument("pictures", nargs="*", help="files (default: samples)")
-    command.add_argument("--out", default="interpolation.png", help=".png or .gif")
+    command.add_argument("--out", default="interpolation.png", help=".png, .gif or .mp4")
     command.add_argument("--steps", type=int, default=7)
     command.add_argument("--space", default="z", help="z, or w of style models")
     command.add_argument("--milliseconds", type=int, default=60, help="of one picture of an animation")

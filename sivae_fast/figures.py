@@ -1,9 +1,10 @@
-"""Image tensors to PNG and GIF files."""
+"""Image tensors to PNG, GIF and MP4 files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -88,14 +89,37 @@ def save_animation(
     value_range: tuple[float, float] = (-1.0, 1.0),
     milliseconds: int = 60,
 ) -> None:
-    """Write images [1 or 3, H, W] of one size as an endless GIF, atomically."""
+    """Write images [1 or 3, H, W] of one size as an endless GIF or, under a name ending in .mp4, as H.264.
+
+    Atomically. A film's images are enlarged as in a grid, to even sides. ImportError says what films need.
+    """
     if not len(frames):
         raise ValueError("an animation needs at least one frame")
-    pictures = [_picture(to_uint8(frame, value_range)) for frame in frames]
+    pictures = [to_uint8(frame, value_range) for frame in frames]
+    if str(path).endswith(".mp4"):
+        _save_film(path, pictures, milliseconds)
+        return
+    first, *rest = map(_picture, pictures)
     with atomic(path) as file:
-        pictures[0].save(
-            file, format="GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0
-        )
+        first.save(file, format="GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+
+
+def _save_film(path: str | os.PathLike, frames: Sequence[Tensor], milliseconds: int) -> None:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: films need PyAV ({error}): pip install 'sivae-fast[video]'; a .gif does not"
+        ) from error
+    pictures = [grid([frame[None]], gap=0) for frame in frames]
+    height, width = (side - side % 2 for side in pictures[0].shape[1:])
+    with atomic(path) as file, av.open(file, "w", format="mp4") as film:
+        stream = film.add_stream("libx264", rate=Fraction(1000, milliseconds))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for picture in pictures:
+            pixels = picture[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        film.mux(stream.encode())
 
 
 def _picture(image: Tensor):

@@ -81,11 +81,10 @@ class Inference:
         """The model of a run folder, checkpoint or snapshot; further options as the constructor.
 
         averaged: the averaged weights; False takes those of the optimizer. device: "auto" is the GPU where
-        there is one. Raises CheckpointError, naming the file, for what is no model.
+        there is one. Raises CheckpointError, naming the file, for what is no model, ValueError for a device
+        that this machine does not have.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load(path, averaged, torch.device(device))
+        model = load(path, averaged, _device(device))
         weights = "averaged" if averaged else "raw"
         return cls(model, model.config, model.images, weights=weights, **options)
 
@@ -259,8 +258,8 @@ class Inference:
         if (height, width) != (side, side):
             if not resize:
                 raise ValueError(
-                    f"{name} has {width}x{height} pixels, the model takes {side}x{side}: give resize, or run "
-                    "`sivae-fast prepare`"
+                    f"{name} has {width}x{height} pixels, the model takes {side}x{side}: give resize "
+                    "(--resize), or run `sivae-fast prepare`"
                 )
             image = Image.fromarray(pixels.squeeze(2) if own == 1 else pixels)
             fitted = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
@@ -270,6 +269,16 @@ class Inference:
         if own == 1:
             return pixels.repeat(channels, axis=2)
         raise ValueError(f"{name} is in colour, the model takes grey images")
+
+
+def _device(name: str) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    names = ["cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
+    if str(name) not in names:
+        raise ValueError(f"device is {str(name)!r}, this machine has {', '.join(['auto', *names])}")
+    return torch.device(name)
 
 
 def _read_file(path: Path, grey: bool) -> np.ndarray:

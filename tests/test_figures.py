@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -57,3 +59,21 @@ def test_animation_has_every_frame(tmp_path):
     assert (animation.n_frames, animation.size) == (3, (16, 16))
     with pytest.raises(ValueError, match="at least one frame"):
         save_animation(tmp_path / "b.gif", [])
+
+
+def test_a_film_holds_every_frame_and_is_enlarged(tmp_path):
+    av = pytest.importorskip("av")
+    frames = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 15, 15)
+    save_animation(tmp_path / "a.mp4", frames, milliseconds=50)
+    with av.open(str(tmp_path / "a.mp4")) as film:
+        found = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+        assert film.streams.video[0].average_rate == 20
+    assert [frame.shape for frame in found] == [(74, 74, 3)] * 5  # 15 times 5, made even
+    assert [frame.mean() for frame in found] == pytest.approx([0, 64, 128, 191, 255], abs=4)
+
+
+def test_a_film_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match=r"sivae-fast\[video\]"):
+        save_animation(tmp_path / "a.mp4", torch.zeros(2, 3, 8, 8))
+    assert not list(tmp_path.iterdir())

@@ -33,7 +33,11 @@ def sample(
 
     truncation below 1 pulls the coarse styles towards the average one (style models).
     """
-    _positive(count=count)
+    _positive(count=count, columns=1 if columns is None else columns)
+    if not 0 <= truncation < math.inf:
+        raise ValueError(
+            f"truncation is {truncation}, must be 0 or more: 1 changes nothing, 0 is the average"
+        )
     out = _writable(out)
     if out.suffix == ".png":
         save_grid(out, _rows(run.sample(count, seed, truncation), columns))
@@ -84,10 +88,10 @@ def interpolate(
     resize: bool = False,
     milliseconds: int = 60,
 ) -> Path:
-    """Images between pictures, by their posterior means: a .png grid or an animated .gif.
+    """Images between pictures, by their posterior means: a .png grid, an animated .gif or a film, .mp4.
 
     .png: two pictures give a row of `steps` images from one to the other, four the grid between them.
-    .gif: two or more pictures are visited in turn and back to the first, `steps` images apart.
+    .gif, .mp4: two or more pictures are visited in turn and back to the first, `steps` images apart.
     Without pictures, samples take their place (four in a grid, five in an animation).
     space: "z" draws straight lines between latents; "w" between styles (style models), as published.
     """
@@ -96,9 +100,10 @@ def interpolate(
     if space not in SPACES:
         raise ValueError(f"space is {space!r}, must be one of {', '.join(SPACES)}")
     out = _writable(out)
-    if out.suffix not in (".png", ".gif"):
-        raise ValueError(f"{out}: a name ending in .png or .gif is needed")
-    moving = out.suffix == ".gif"
+    if out.suffix not in (".png", ".gif", ".mp4"):
+        raise ValueError(f"{out}: a name ending in .png, .gif or .mp4 is needed")
+    _positive(milliseconds=milliseconds)
+    moving = out.suffix != ".png"
     ends = _ends(run, pictures, moving, seed, resize)
     if space == "w":
         ends = run.styles(ends)

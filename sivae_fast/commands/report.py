@@ -121,19 +121,29 @@ def _metric_table(metrics: dict[str, list[dict]]) -> str:
     for name, records in metrics.items():
         if records:
             record = dict(records[-1])
-            row = f"<tr><th>{escape(name)}</th><td>{number(record.pop('value', None))}</td></tr>"
+            row = f"<tr><th>{escape(name)}</th><td>{_digits(record.pop('value', None))}</td></tr>"
             about = "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in record.items())
             tables.setdefault(escape(about), []).append(row)
     return "".join(f"<table>{''.join(rows)}</table><p>{about}</p>" for about, rows in tables.items())
 
 
+def _digits(value: float | None) -> str:
+    return "none" if value is None else f"{value:.5g}"
+
+
 def _metric_charts(metrics: dict[str, list[dict]]) -> str:
+    """Over images seen, of the records that were measured as the last one was."""
     charts = []
     for name, records in metrics.items():
-        points = sorted((r["images"], r["value"]) for r in records if r.get("value") is not None)
+        alike = [r for r in records if r.get("value") is not None and _how(r) == _how(records[-1])]
+        points = sorted({r["images"]: r["value"] for r in alike}.items())
         if len(points) > 1:
             charts.append(line_chart(name, {name: Series(*zip(*points, strict=True))}))
     return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+
+
+def _how(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key not in ("images", "value", "resolution")}
 
 
 def _other_data(folder: Path) -> str:

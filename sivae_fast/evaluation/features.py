@@ -94,7 +94,7 @@ class _First(nn.Module):
 
 
 def _weights_file(weights: str | os.PathLike | None) -> Path:
-    where = "give the file, or the folder it is in, as weights"
+    where = "give the file, or the folder it is in, as weights (--weights)"
     if weights is None:
         raise FileNotFoundError(f"Inception weights are needed: download {URL} and {where}")
     path = Path(weights)

@@ -118,6 +118,12 @@ def test_bad_options_are_named(runs, options, message):
         load(runs.residual, **options)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named(runs, device):
+    with pytest.raises(ValueError, match=f"device is '{device}', this machine has auto, cpu"):
+        Inference.load(runs.style, device=device)
+
+
 def test_three_lines_of_python_use_a_model(runs):
     model = sivae_fast.load(runs.style)
     samples = model.sample(4, seed=1)

@@ -106,7 +106,10 @@ def test_layers_by_name_and_range():
     [
         (lambda run, out, one: interpolate(run, out / "i.png", [one]), "between 2 or 4 pictures, got 1"),
         (lambda run, out, one: interpolate(run, out / "i.gif", [one]), "give 2 or more, got 1"),
-        (lambda run, out, one: interpolate(run, out / "i.jpg"), r"ending in \.png or \.gif"),
+        (lambda run, out, one: interpolate(run, out / "i.jpg"), r"ending in \.png, \.gif or \.mp4"),
+        (lambda run, out, one: interpolate(run, out / "i.gif", milliseconds=0), "milliseconds is 0"),
+        (lambda run, out, one: sample(run, out / "s.png", truncation=float("nan")), "truncation is nan"),
+        (lambda run, out, one: sample(run, out / "s.png", columns=0), "columns is 0"),
         (lambda run, out, one: interpolate(run, out / "i.png", steps=1), "steps is 1"),
         (lambda run, out, one: interpolate(run, out / "i.png", space="x"), "space is 'x'"),
         (lambda run, out, one: interpolate(run, out / "i.png", space="w"), "styles need style"),

@@ -100,6 +100,16 @@ def test_every_statistic_is_drawn_once_with_the_level_switches(run):
     assert re.search(r'class="curve c0" d="([^"]*)"', chart)[1].count("M") == 2  # a gap where it was NaN
 
 
+def test_a_metric_is_a_curve_of_what_was_measured_alike(run):
+    append_metric(run, "fid", {"images": 12000, "value": 7.25, "features": "inception"})
+    append_metric(run, "log_likelihood", {"images": 12000, "value": -2876.4})
+    page = report(run).read_text(encoding="utf-8")
+    assert "<h3>fid</h3>" not in page and "7.25" in page and "-2876.4" in page
+    append_metric(run, "fid", {"images": 13000, "value": 7.0, "features": "inception"})
+    chart = report(run).read_text(encoding="utf-8").split("<h3>fid</h3>")[1].split("</svg>")[0]
+    assert len(re.findall(r"[ML][\d.]+ [\d.]+", chart)) == 2
+
+
 def test_levels_are_profiled(run):
     page = Page(report(run).read_text(encoding="utf-8"))
     # Level 0: four ticks of 1,000 images, 2.5 s each, a fifth of it waiting.
