@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
 from sivae_fast.checkpoint import CheckpointError
 from sivae_fast.config import ConfigError, load_config
 from sivae_fast.run import RunInUse
-from sivae_fast.training.loop import Diverged, train
+from sivae_fast.training.agreement import RankFailed, RanksDiffer
+from sivae_fast.training.guard import Diverged
+from sivae_fast.training.loop import train
 
+#: Errors that say by themselves what to do; everything else is a defect and shows where it happened.
+EXPECTED = (
+    CheckpointError, ConfigError, Diverged, ImportError, OSError, RankFailed, RanksDiffer, RunInUse, ValueError,
+)  # fmt: skip
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
@@ -32,8 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(config.to_yaml(), end="")
         else:
             train(config)
-    except (ConfigError, CheckpointError, Diverged, RunInUse, ImportError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print(f"error: {rank}{error}", file=sys.stderr)
         return 1
     return 0
 

@@ -40,6 +40,8 @@ def save_checkpoint(folder: Path, images: int, tensors: dict[str, Tensor], state
     Raises OSError where it cannot be written; older checkpoints are then untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.tmp"):  # by a kill in the middle of a write; there is one writer
+        left.unlink()
     path = folder / f"{images:010d}.safetensors"
     digest = _save_tensors(path, tensors, {"format": FORMAT})
     state = {"format": FORMAT, "images": images, "sha256": digest, **state}
@@ -50,11 +52,16 @@ def save_checkpoint(folder: Path, images: int, tensors: dict[str, Tensor], state
     return path
 
 
-def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """(tensors, state) of the newest whole checkpoint, or None; says which damaged ones it passed over."""
+def load_newest(folder: Path, planned: bool = False) -> tuple[dict[str, Tensor], dict] | None:
+    """(tensors, state) of the newest whole checkpoint, or None; says which damaged ones it passed over.
+
+    planned: only those written at their interval, not those that a signal caused.
+    """
     for path in _complete(folder):
         try:
-            return load_checkpoint(path)
+            tensors, state = load_checkpoint(path)
+            if state.get("planned", True) or not planned:
+                return tensors, state
         except CheckpointError as error:
             logger.warning("%s; falling back to the checkpoint before it", error)
     return None

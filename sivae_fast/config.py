@@ -191,6 +191,18 @@ class EngineConfig(Section):
         None, description="null: 1 under deepspeed, else 0"
     )
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="more DeepSpeed settings")
+    timeout_seconds: PositiveInt = Field(
+        600, description="longest wait for another rank; above the time of a checkpoint"
+    )
+
+
+class GuardConfig(Section):
+    """What happens when training diverges; see docs/faults.md."""
+
+    rollbacks: Annotated[int, Field(ge=0)] = Field(0, description="most returns to one checkpoint; 0: stop")
+    spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
+        None, description="times the usual error or KL that count as divergence; null: only NaN and infinity"
+    )
 
 
 class AverageConfig(Section):
@@ -246,6 +258,7 @@ class Config(Section):
     average: AverageConfig = AverageConfig()
     engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -300,9 +313,9 @@ class Config(Section):
         )
 
     def identity(self) -> str:
-        """Digest of what must not change on resume: all but names, intervals, length, hardware."""
+        """Digest of what must not change on resume: all but names, intervals, length, guard, hardware."""
         kept = self.to_dict()
-        for free in ("run", "engine", "evaluate"):
+        for free in ("run", "engine", "evaluate", "guard"):
             kept.pop(free)
         kept["train"].pop("images")
         kept["train"].pop("micro_batch")

@@ -62,11 +62,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def append_line(path: str | os.PathLike, record: dict[str, Any]) -> None:
-    """Append one JSON line in a single write. Numbers that JSON cannot hold (NaN, infinity) become null."""
-    line = json.dumps(plain(record), allow_nan=False) + "\n"
+    """Append one JSON line in a single write. Numbers that JSON cannot hold (NaN, infinity) become null.
+
+    Raises OSError where the disk is full; no part of the line is then in the file.
+    """
+    line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        written = os.write(descriptor, line)
+        if written < len(line):
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, f"no space left on the disk while writing {path}")
     finally:
         os.close(descriptor)
 

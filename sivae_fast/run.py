@@ -114,6 +114,9 @@ class Run:
 
     def truncate_after(self, images: int) -> None:
         """On resume at `images`: drop statistics and metrics beyond it and any half-written last line."""
+        if self._events is not None:  # the next file tells TensorBoard to forget what lies beyond
+            self._events.close()
+            self._events = None
         for path in (self.folder / "stats.jsonl", *self.folder.glob("metric-*.jsonl")):
             keep_lines(path, images)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -43,6 +44,10 @@ class Folder:
     def size(self, name: str) -> int:
         return (self.path / name).stat().st_size
 
+    def checksum(self, names: list[str]) -> int:
+        """CRC-32 of the content of the files, which are all read."""
+        return functools.reduce(lambda crc, name: zlib.crc32(self.read(name), crc), names, 0)
+
     def read(self, name: str) -> bytes:
         """The bytes of one file. Raises OSError."""
         return (self.path / name).read_bytes()
@@ -68,6 +73,11 @@ class Zip:
 
     def size(self, name: str) -> int:
         return self._members[name].file_size
+
+    def checksum(self, names: list[str]) -> int:
+        """CRC-32 of the checksums of the members; nothing is read."""
+        crcs = np.array([self._members[name].CRC for name in names], np.uint32)
+        return zlib.crc32(crcs.tobytes())
 
     def read(self, name: str) -> bytes:
         """The bytes of one member, checked against its checksum. Raises OSError."""
@@ -144,6 +154,12 @@ class ImageSet:
         except OSError as error:
             raise ValueError(f"{self.names[index]} of {self.path} cannot be read: {error}") from None
 
+    def checksum(self) -> str:
+        """Of all names, and of the content: of every image of a zip, of up to 64 of a folder."""
+        names = "\0".join(self.names).encode(errors="surrogateescape")
+        sample = self.names if isinstance(self._files, Zip) else [self.names[i] for i in self._spread()]
+        return f"{zlib.crc32(names):08x}{self._files.checksum(sample):08x}"
+
     def decode(self, index: int) -> np.ndarray:
         """One image: uint8 [resolution, resolution, channels]. Raises ValueError naming the file."""
         data = self.read(index)
@@ -161,7 +177,7 @@ class ImageSet:
     def _shape(self, any_size: bool) -> tuple[int, int]:
         """Side and channels, from the headers of up to 64 images spread over the set."""
         side, channels = None, 1
-        for index in sorted({i * (len(self) - 1) // 63 for i in range(64)}):
+        for index in self._spread():
             try:
                 with Image.open(io.BytesIO(self.read(index))) as image:
                     side = side or image.size[0]
@@ -175,6 +191,10 @@ class ImageSet:
                 f"{PREPARE_HINT}"
             )
         return side, channels
+
+    def _spread(self) -> list[int]:
+        """Up to 64 images, from the first to the last."""
+        return sorted({i * (len(self) - 1) // 63 for i in range(64)})
 
     def _check_header(self, index: int, image: Image.Image, side: int) -> None:
         where = f"{self.names[index]} of {self.path}"

@@ -116,6 +116,9 @@ class Density:
     def __len__(self) -> int:
         return self.nominal_length
 
+    def checksum(self) -> str:
+        return self.name
+
     def batches(self, start: int, batch_at: Callable[[int], int], rank: int, world: int) -> Iterator[Rows]:
         """This rank's rows of every global batch; the points themselves are drawn by `to_input`."""
         self.sample(batch_at(start))  # a batch size that cannot be filled is refused before training starts

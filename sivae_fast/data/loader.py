@@ -120,6 +120,10 @@ class ImageLoader:
     def __len__(self) -> int:
         return len(self.images)
 
+    def checksum(self) -> str:
+        """Tells whether two ranks, or a run and its checkpoint, have the same images."""
+        return self.images.checksum()
+
     def batches(
         self, start: int, batch_at: Callable[[int], int], rank: int = 0, world: int = 1
     ) -> Iterator[Tensor]:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from sivae_fast.contract import Model
+from sivae_fast.training.agreement import reasons_shared
 from sivae_fast.training.optim import parameter_groups
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
@@ -215,8 +217,12 @@ def check_engine(kind: str, zero: int, settings: dict) -> None:
 
 
 @contextmanager
-def distributed(kind: str) -> Iterator[tuple[int, int, torch.device]]:
-    """(rank, world, device) of this process, under deepspeed, torchrun or plain python."""
+def distributed(kind: str, timeout: int) -> Iterator[tuple[int, int, torch.device]]:
+    """(rank, world, device) of this process, under deepspeed, torchrun or plain python.
+
+    timeout: seconds after which a rank that waits for another one gives up. Raises RankFailed for that, and
+    where another rank is lost.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -224,16 +230,26 @@ def distributed(kind: str) -> Iterator[tuple[int, int, torch.device]]:
         device = torch.device("cuda", local)
     else:
         device = torch.device("cpu")
-    if world > 1 or kind == "deepspeed":
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, plain python does not set it
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, **store)
+    limit = timedelta(seconds=timeout)
     try:
-        yield rank, world, device
+        with reasons_shared(rank, timeout):
+            if world > 1 or kind == "deepspeed":
+                os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                store = _meeting_point(limit) if world > 1 else dist.HashStore()
+                dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
+            yield rank, world, device
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meeting_point(limit: timedelta) -> dist.Store:
+    """The launcher's store, where the ranks find each other; a new one for each restart by torchrun."""
+    store, *_ = next(dist.rendezvous("env://", timeout=limit))
+    # torchrun keeps one store for all its restarts (pytorch issue 135712): without a prefix, ranks find the
+    # addresses of those before them.
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def deepspeed_missing() -> str | None:

@@ -14,33 +14,33 @@ from sivae_fast.config import Config, ConfigError
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.growth import Schedule, Stage
 from sivae_fast.systems import error_function, make_data, make_model, make_objective, make_schedule
+from sivae_fast.training.agreement import check_same, data_facts, on_all_ranks, program_facts, run_facts
 from sivae_fast.training.averaging import Average
 from sivae_fast.training.engine import check_engine, deepspeed_missing, distributed, make_engine
+from sivae_fast.training.guard import Diverged, Guard
 from sivae_fast.training.memory import keep_freed_memory
-from sivae_fast.training.meter import Meter, first_not_finite, means
+from sivae_fast.training.meter import Meter, means
 from sivae_fast.training.optim import make_optimizer, set_learning_rate
 from sivae_fast.training.recorder import Recorder
-from sivae_fast.training.resume import restore, state_of
+from sivae_fast.training.resume import go_back, restore, state_of
 from sivae_fast.training.signals import Stopper
 from sivae_fast.training.step import Step, posterior_surrogate
 
 logger = logging.getLogger("sivae_fast")
 
 
-class Diverged(RuntimeError):
-    """A loss became NaN or infinite; the message names the term, the level and what to try."""
-
-
 def train(config: Config) -> Path:
     """Trains, or resumes the run of the same configuration; returns the run folder.
 
     Called once in each process of a launch by deepspeed, torchrun or plain python.
-    Raises ConfigError for settings that do not fit together, Diverged when a loss is not finite.
+    Raises ConfigError for settings that do not fit together, Diverged when a loss is not finite, RanksDiffer
+    where ranks run different settings, code or data, RankFailed where another rank is lost.
     """
     kind, zero = engine_kind(config)
-    with distributed(kind) as (rank, world, device):
+    with distributed(kind, config.engine.timeout_seconds) as (rank, world, device):
         if rank:
-            logger.setLevel(logging.WARNING)
+            logger.setLevel(logging.ERROR)
+        check_same(program_facts(config, kind, zero))
         schedule = make_schedule(config)
         check_batches(config, schedule, world)
         trainer = Trainer(config, schedule, rank, world, device, kind, zero)
@@ -67,7 +67,9 @@ class Trainer:
         self.rank, self.world, self.device = rank, world, device
         if device.type == "cpu":
             keep_freed_memory()
-        self.data = make_data(config, device, show=rank == 0)
+        self.data = on_all_ranks(lambda: make_data(config, device, show=rank == 0))
+        check_same(data_facts(self.data))
+        self.facts = run_facts(config, self.data)
         self.model = make_model(config).to(device)
         self.objective = make_objective(config, self.data.input_shape).to(device)
         self.step = Step(
@@ -94,7 +96,7 @@ class Trainer:
         }
         half_life = config.average.half_life
         self.average = Average(self.model, half_life) if half_life else None
-        self.meter = Meter(device)
+        self.meter, self.guard = Meter(device), Guard(config)
         self.images, self.lod, self.stage = 0, schedule.lod(0), schedule.at(0)
         self.step_seconds = self.data_seconds = 0.0
         self.recorder = Recorder(self)
@@ -110,12 +112,20 @@ class Trainer:
             )
             return self.recorder.folder
         self.recorder.start()
-        batches = self.data.batches(self.images, self.schedule.batch, self.rank, self.world)
-        with Stopper(self.world) as stopper:
+        batches = self._batches()
+        with Stopper(self.world, self.config.engine.timeout_seconds) as stopper:
             while self.images < self.config.train.images:
                 self._advance(batches)
                 stopped = stopper.asked(self.images // self.schedule.batch(self.images))
-                self.recorder.after_iteration(last=stopped or self.images >= self.config.train.images)
+                try:
+                    self.recorder.after_iteration(stopped)
+                except Diverged as error:
+                    if stopped:  # where it was stopped must not decide which images are left out
+                        raise
+                    batches.close()
+                    go_back(self, error)
+                    batches = self._batches()
+                    continue
                 if stopped:
                     logger.info("stopped at %s images; the same command resumes", f"{self.images:,}")
                     break
@@ -125,6 +135,16 @@ class Trainer:
         self.data.close()
         self.recorder.close()
 
+    @property
+    def position(self) -> int:
+        """Where the next batch stands in the endless sequence of data and random numbers."""
+        return self.images + self.guard.skipped
+
+    def _batches(self):
+        skipped = self.guard.skipped
+        batch_at = lambda position: self.schedule.batch(position - skipped)
+        return self.data.batches(self.position, batch_at, self.rank, self.world)
+
     def _advance(self, batches) -> None:
         """One iteration, its averaging and its clocks."""
         stage = self.stage = self.schedule.at(self.images)
@@ -133,7 +153,7 @@ class Trainer:
         batch = next(batches)
         loaded = time.perf_counter()
         rows = Rows.all(stage.batch).part(self.rank, self.world)
-        draws = Draws(self.config.train.seed, self.images, rows, self.device)
+        draws = Draws(self.config.train.seed, self.position, rows, self.device)
         x = self.data.to_input(batch, draws, stage.lod, stage.blend)
         self.iterate(x, stage)
         if self.average:
@@ -151,6 +171,7 @@ class Trainer:
             for engine in self.engines.values():
                 engine.clear_state()
             self.lod = stage.lod
+            self.guard.new_level()
             logger.info(
                 "level %d (%d pixels) from %s images on", stage.lod, 4 << stage.lod, f"{self.images:,}"
             )
@@ -166,7 +187,7 @@ class Trainer:
         self.step.shares_forward = self.step.may_share and pieces == 1
         mine = Rows.all(stage.batch).part(self.rank, self.world)
         parts = [
-            (part, Draws(self.config.train.seed, self.images, mine.part(i, pieces), self.device))
+            (part, Draws(self.config.train.seed, self.position, mine.part(i, pieces), self.device))
             for i, part in enumerate(x.chunk(pieces))
         ]
         if not self.objective.introspective or self.images < self.config.train.warmup_images:
@@ -201,9 +222,7 @@ class Trainer:
     def read_meter(self) -> dict[str, float]:
         """Means of the tick so far; raises Diverged where one is not finite. A collective call."""
         values = means(self.meter.totals())
-        wrong = first_not_finite(values)
-        if wrong:
-            raise Diverged(_advice(wrong, self.lod, self.images, self.config))
+        self.guard.check_finite(values, self.lod, self.images)
         return values
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
@@ -255,13 +274,3 @@ def engine_kind(config: Config) -> tuple[str, int]:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return kind, zero
-
-
-def _advice(term: str, lod: int, images: int, config: Config) -> str:
-    return (
-        f"training diverged: {term} is not finite at level {lod} ({4 << lod} pixels), after {images:,} "
-        f"images (beta_neg {config.objective.beta_neg}). The last checkpoint is from before. What "
-        "helps, in this order: a higher objective.beta_neg (a weaker push against fakes); a longer "
-        "train.warmup_images; a lower optim.learning_rate; beta_rec = beta_kl = 1 with beta_neg near the "
-        "latent size to start from"
-    )

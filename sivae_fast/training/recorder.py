@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from sivae_fast.checkpoint import save_checkpoint, save_snapshot
 from sivae_fast.progress import Progress
 from sivae_fast.run import Run
 from sivae_fast.systems import save_picture
+from sivae_fast.training.agreement import check_parameters, on_all_ranks
 from sivae_fast.training.evaluator import Evaluator
 
 logger = logging.getLogger("sivae_fast")
@@ -38,15 +41,17 @@ class Recorder:
             self._every["evaluate"] = config.evaluate.every
         self.marks = dict(self._every)
         # Before there is a run folder: what is missing shows here rather than hours later.
-        self._evaluator = Evaluator(config, trainer.device) if config.evaluate.every else None
-        self._run = self._open() if trainer.rank == 0 else None
+        make = lambda: Evaluator(config, trainer.device) if config.evaluate.every else None
+        self._evaluator = on_all_ranks(make)
+        self._run = on_all_ranks(lambda: self._open() if trainer.rank == 0 else None)
         self.folder = Path(self._share(str(self._run.folder) if self._run else ""))
         self.checkpoints = self.folder / "checkpoints"
         self._progress: Progress | None = None
         self._tick_images = 0
+        self._unsaved: OSError | None = None
 
     def start(self) -> None:
-        """The first tick's pictures, or on resume: drops what lies beyond the checkpoint."""
+        """The first tick's pictures, or after a checkpoint was restored: drops what lies beyond it."""
         trainer = self._trainer
         self._tick_images = trainer.images
         for kind, every in self._every.items():  # an interval that the run did not have when it was saved
@@ -60,8 +65,11 @@ class Recorder:
             logger.info("run folder %s", self.folder)
             self._save_samples()
 
-    def after_iteration(self, last: bool) -> None:
-        """Writes whatever is due; `last` makes everything but the tick due. Collective where something is."""
+    def after_iteration(self, stopped: bool) -> None:
+        """Writes whatever is due; `stopped` makes a checkpoint due. Collective where something is.
+
+        A full disk does not end training: it goes on, and raises OSError only where the last state is lost.
+        """
         trainer = self._trainer
         images = trainer.images
         finished = images >= trainer.config.train.images
@@ -75,11 +83,15 @@ class Recorder:
         elif self._progress:
             self._show(tick=False)
         if self._run and ("samples" in due or finished):
-            self._save_samples()
-        if "checkpoint" in due or last:
-            self._save_checkpoint()
+            with self._going_on("pictures"):
+                self._save_samples()
+        if "checkpoint" in due or finished or stopped:
+            self._save_checkpoint(planned="checkpoint" in due)
         if self._run and ("snapshot" in due or finished):
-            self._save_snapshot()
+            with self._going_on("snapshot"):
+                self._save_snapshot()
+        if self._unsaved and (finished or stopped):
+            raise self._unsaved
 
     def close(self) -> None:
         if self._progress:
@@ -100,6 +112,8 @@ class Recorder:
         trainer = self._trainer
         started = time.perf_counter()
         values = trainer.read_meter()
+        check_parameters(trainer.model)
+        trainer.guard.check_tick(values, trainer.lod, trainer.images)
         trainer.step_seconds += time.perf_counter() - started  # a GPU still has to catch up here
         trainer.meter.clear()
         measured = self._evaluate() if evaluate and self._evaluator else {}
@@ -108,21 +122,21 @@ class Recorder:
         stage = trainer.stage
         seconds = trainer.step_seconds + trainer.data_seconds
         gained = trainer.images - self._tick_images
-        self._run.stats(
-            {
-                "images": trainer.images,
-                **values,
-                "lod": stage.lod,
-                "blend": stage.blend,
-                "batch": stage.batch,
-                "learning_rate": stage.learning_rate,
-                "images_per_second": gained / seconds if seconds else None,
-                "step_seconds": trainer.step_seconds,
-                "data_seconds": trainer.data_seconds,
-                "memory_bytes": _memory(trainer.device),
-                **measured,
-            }
-        )
+        record = {
+            "images": trainer.images,
+            **values,
+            "lod": stage.lod,
+            "blend": stage.blend,
+            "batch": stage.batch,
+            "learning_rate": stage.learning_rate,
+            "images_per_second": gained / seconds if seconds else None,
+            "step_seconds": trainer.step_seconds,
+            "data_seconds": trainer.data_seconds,
+            "memory_bytes": _memory(trainer.device),
+            **measured,
+        }
+        with self._going_on("statistics"):
+            self._run.stats(record)
         self._show(tick=True, note=_note(values, stage))
         trainer.step_seconds = trainer.data_seconds = 0.0
         self._tick_images = trainer.images
@@ -136,7 +150,8 @@ class Recorder:
             return {}
         seconds = time.perf_counter() - started
         for name, record in records.items():
-            self._run.metric(name, record)
+            with self._going_on(name):
+                self._run.metric(name, record)
         shown = ", ".join(f"{name} {record['value']:.5g}" for name, record in records.items())
         self._progress.clear()
         logger.info(
@@ -161,25 +176,34 @@ class Recorder:
         trainer = self._trainer
         save_picture(trainer.config, self._run.sample_path(trainer.images), self._model(), trainer.data)
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, planned: bool) -> None:
         trainer = self._trainer
         trainer.read_meter()  # never saves weights that have diverged
         tensors, state = trainer.checkpoint()
+        state["planned"] = planned
+        if planned:
+            trainer.guard.saved()
         if self._run is None:
             return
         try:
             save_checkpoint(self.checkpoints, trainer.images, tensors, state, trainer.config.run.keep)
+            self._unsaved = None
         except OSError as error:
+            self._unsaved = error
             logger.error("checkpoint at %s images not saved: %s; older ones are whole", trainer.images, error)
 
     def _save_snapshot(self) -> None:
         trainer = self._trainer
         path = self.folder / "snapshots" / f"{trainer.images:010d}.safetensors"
         weights = "averaged" if trainer.average else "raw"
+        save_snapshot(path, self._model(), trainer.config, trainer.images, weights=weights)
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
         try:
-            save_snapshot(path, self._model(), trainer.config, trainer.images, weights=weights)
+            yield
         except OSError as error:
-            logger.error("snapshot at %s images not saved: %s", trainer.images, error)
+            logger.error("%s at %s images not written: %s", what, self._trainer.images, error)
 
     def _model(self):
         trainer = self._trainer

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sivae_fast.checkpoint import load_newest, load_weights, part
+from sivae_fast.training.agreement import check_parameters
+from sivae_fast.training.guard import Diverged
 
 logger = logging.getLogger("sivae_fast")
 
@@ -16,9 +18,9 @@ logger = logging.getLogger("sivae_fast")
 def state_of(trainer) -> tuple[dict[str, Tensor], dict]:
     """(tensors, state) of a checkpoint. Collective; every rank gets the same.
 
-    Raises RuntimeError where the ranks' parameters are not equal bit for bit.
+    Raises RanksDiffer where the ranks' parameters are not equal bit for bit.
     """
-    check_ranks_agree(trainer.model)
+    check_parameters(trainer.model)
     tensors = {f"model/{name}": value for name, value in _rank_means(trainer.model).items()}
     if trainer.average:
         tensors |= {f"average/{name}": value for name, value in trainer.average.state().items()}
@@ -33,16 +35,21 @@ def state_of(trainer) -> tuple[dict[str, Tensor], dict]:
         "steps": steps,
         "tick": trainer.meter.totals(),
         "marks": trainer.recorder.marks,
+        "guard": trainer.guard.state(),
+        "facts": trainer.facts,
     }
     return tensors, state
 
 
-def restore(trainer) -> None:
-    """Brings the trainer to the newest whole checkpoint of its run, where there is one. Collective."""
-    found = load_newest(trainer.recorder.checkpoints) if trainer.rank == 0 else None
+def restore(trainer, planned: bool = False) -> bool:
+    """Brings the trainer to the newest whole checkpoint of its run; False where there is none. Collective.
+
+    planned: passes over those that a signal caused.
+    """
+    found = load_newest(trainer.recorder.checkpoints, planned) if trainer.rank == 0 else None
     found = _from_first_rank(found, trainer.world)
     if found is None:
-        return
+        return False
     tensors, state = found
     load_weights(trainer.model, part(tensors, "model"), "the checkpoint")
     for side, engine in trainer.engines.items():
@@ -56,26 +63,32 @@ def restore(trainer) -> None:
     trainer.stage = trainer.schedule.at(trainer.images)
     trainer.meter.restore(state["tick"], first_rank=trainer.rank == 0)
     trainer.recorder.marks = state["marks"]
+    if "guard" in state:  # not in checkpoints of earlier versions and of `convert`
+        trainer.guard.restore(state["guard"])
+    for key, before in state.get("facts", {}).items():
+        if trainer.facts.get(key) != before:
+            logger.warning("%s changed since the checkpoint: %s, was %s", key, trainer.facts.get(key), before)
     logger.info("resuming at %s images", f"{trainer.images:,}")
+    return True
 
 
-def check_ranks_agree(model) -> None:
-    """Raises RuntimeError, on every rank, naming the first parameter whose bits differ between ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    names, bits = [], []
-    for name, parameter in model.named_parameters():
-        names.append(name)
-        bits.append(parameter.detach().contiguous().view(torch.int32).to(torch.int64).sum())
-    low, high = torch.stack(bits), torch.stack(bits)
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    differing = (low != high).nonzero().flatten().tolist()
-    if differing:
-        raise RuntimeError(
-            f"the ranks have drifted apart: {len(differing)} parameters differ, the first is "
-            f"{names[differing[0]]}. Nothing was saved; resume from the last checkpoint"
-        )
+def go_back(trainer, error: Diverged) -> None:
+    """Back to the last planned checkpoint, leaving out the images seen since. Collective.
+
+    Raises `error` where there is none, or where `guard.rollbacks` returns to it did not help.
+    """
+    reached, end = trainer.images, trainer.position
+    if not trainer.guard.may_return() or not restore(trainer, planned=True):
+        raise error
+    trainer.guard.skipped = end - trainer.images
+    trainer.step_seconds = trainer.data_seconds = 0.0
+    logger.warning(
+        "%s. Went back from %s to %s images; the images between are left out",
+        str(error).partition(". ")[0],
+        f"{reached:,}",
+        f"{trainer.images:,}",
+    )
+    trainer.recorder.start()
 
 
 def _rank_means(model) -> dict[str, Tensor]:

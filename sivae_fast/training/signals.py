@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,13 @@ class Stopper:
     A second signal ends the process at once.
     """
 
-    def __init__(self, world: int):
+    def __init__(self, world: int, timeout: int):
         self._world = world
         self._received = False
         self._before = {}
         # On the CPU, so that asking never waits for the GPU.
-        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        limit = timedelta(seconds=timeout)
+        self._group = dist.new_group(backend="gloo", timeout=limit) if world > 1 else None
 
     def __enter__(self) -> Stopper:
         for number in (signal.SIGTERM, signal.SIGINT):

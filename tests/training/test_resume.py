@@ -125,7 +125,8 @@ def test_full_disk_keeps_the_checkpoint_before(launch):
         pytest.skip("this machine does not allow mounting")
     try:
         shutil.copytree(kept, checkpoints, dirs_exist_ok=True)
-        done = launch(run__name="run")
+        done = launch(run__name="run", check=False)
+        assert done.returncode == 1 and "error: " in done.stderr
         assert "checkpoint at 80 images not saved" in done.stderr
         assert load_newest(checkpoints)[1]["images"] == 32
     finally:

@@ -1,0 +1,80 @@
+"""Whether training is still sound, and the way back where it is not.
+
+A tick is unsound where a mean is not finite, or where the reconstruction error or the KL of real data is
+more than `guard.spike` times its median over the ticks before. Training then stops with advice or, with
+`guard.rollbacks`, goes back to the last checkpoint and leaves out the images after it: data and random
+numbers are taken at position images + skipped, so that what follows depends on the checkpoint alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from statistics import median
+
+from sivae_fast.config import Config
+from sivae_fast.training.meter import first_not_finite
+
+logger = logging.getLogger("sivae_fast")
+
+WATCHED = ("rec_real", "kl_real")  # never negative, and there for every objective
+TICKS = 10  # of the running median
+FEWEST = 3  # ticks before a spike can be told
+
+
+class Diverged(RuntimeError):
+    """A loss became NaN or infinite, or rose suddenly; the message names the term and what to try."""
+
+
+class Guard:
+    """The judge of ticks. `skipped`: images of the endless sequence that were left out so far."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self.skipped = 0
+        self._returns = 0  # to the same checkpoint
+        self._ticks: list[dict[str, float]] = []
+
+    def check_finite(self, values: dict[str, float], lod: int, images: int) -> None:
+        """Raises Diverged where one of the means is not finite."""
+        wrong = first_not_finite(values)
+        if wrong:
+            raise Diverged(_advice(f"{wrong} is not finite", lod, images, self._config))
+
+    def check_tick(self, values: dict[str, float], lod: int, images: int) -> None:
+        """Raises Diverged where a whole tick is a spike; else it becomes part of the median."""
+        spike = self._config.guard.spike
+        for name in WATCHED if spike and len(self._ticks) >= FEWEST else ():
+            usual = median(tick[name] for tick in self._ticks)
+            if values[name] > spike * usual:
+                rise = f"{name} rose to {values[name]:.4g}, more than guard.spike={spike} times {usual:.4g}"
+                raise Diverged(_advice(rise, lod, images, self._config))
+        self._ticks = [*self._ticks, {name: values[name] for name in WATCHED}][-TICKS:]
+
+    def new_level(self) -> None:
+        """Errors of another resolution are of another size."""
+        self._ticks = []
+
+    def saved(self) -> None:
+        """A checkpoint was written: the next trouble has its own returns."""
+        self._returns = 0
+
+    def may_return(self) -> bool:
+        """Counts one return; False where `guard.rollbacks` of them did not help."""
+        self._returns += 1
+        return self._returns <= self._config.guard.rollbacks
+
+    def state(self) -> dict:
+        return {"skipped": self.skipped, "ticks": self._ticks}
+
+    def restore(self, state: dict) -> None:
+        self.skipped, self._ticks = state["skipped"], state["ticks"]
+
+
+def _advice(what: str, lod: int, images: int, config: Config) -> str:
+    return (
+        f"training diverged: {what} at level {lod} ({4 << lod} pixels), after {images:,} "
+        f"images (beta_neg {config.objective.beta_neg}). The last checkpoint is from before. What "
+        "helps, in this order: a higher objective.beta_neg (a weaker push against fakes); a longer "
+        "train.warmup_images; a lower optim.learning_rate; beta_rec = beta_kl = 1 with beta_neg near the "
+        "latent size to start from. guard.rollbacks=N goes back by itself and leaves these images out"
+    )

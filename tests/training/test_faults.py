@@ -1,0 +1,290 @@
+"""Nodes die, disks fill, ranks differ: nothing is lost, and nothing goes wrong without a word."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from bench.fault_scenarios import SCENARIOS, SETTINGS, Bench, assert_same, listening
+from sivae_fast import files
+from sivae_fast.checkpoint import CheckpointError, load_checkpoint, load_newest
+from sivae_fast.config import load_config, make_config
+from sivae_fast.data.archive import ImageSet
+from sivae_fast.data.held import Held
+from sivae_fast.files import append_line, read_lines
+from sivae_fast.training import agreement
+from sivae_fast.training.agreement import RankFailed, RanksDiffer
+from sivae_fast.training.guard import Diverged, Guard
+from sivae_fast.training.loop import Trainer, train
+from tests.training.conftest import ROOT
+
+#: Those that are quick enough for every run of the tests.
+QUICK = ("other_settings", "killed_rank")
+MOUNTS = ("read_only_checkpoints", "full_disk")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SCENARIOS]
+)
+def test_scenario(bench, name, tmp_path):
+    if name in MOUNTS:
+        mount = ["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
+        if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a small file system needs root")
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    row = SCENARIOS[name](bench)
+    assert row["seconds"] < 120 and 0 <= row["images_lost"] <= 80
+
+
+@pytest.fixture
+def training(image_folder, tmp_path):
+    """training(name, **overrides) runs in this process and gives the run folder."""
+
+    def run(name: str, **overrides):
+        settings = {**SETTINGS, "data.path": image_folder, "run.folder": tmp_path / name, "run.name": name}
+        settings |= {key.replace("__", "."): value for key, value in overrides.items()}
+        written = [f"{key}={value}" for key, value in settings.items()]
+        return train(load_config(ROOT / "launch" / "configs" / "quickstart.yaml", written))
+
+    return run
+
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """spoilt(position, factor): the images at this position of the sequence are multiplied."""
+
+    def spoil(at: int, factor: float) -> None:
+        iterate = Trainer.iterate
+
+        def faulty(trainer, x, stage):
+            iterate(trainer, x * factor if trainer.position == at else x, stage)
+
+        monkeypatch.setattr(Trainer, "iterate", faulty)
+
+    return spoil
+
+
+def test_rollback_leaves_the_images_out_and_resumes_exactly(training, spoilt, caplog):
+    """NaN strikes the run twice after the same checkpoint, and stops fall on all sides of it."""
+    spoilt(80, float("nan"))
+    spoilt(128, float("nan"))  # after the first return, position 128 is at 96 images
+    whole = training("whole", guard__rollbacks=2)
+    assert "kl_real is not finite" in caplog.text and "Went back from 96 to 64 images" in caplog.text
+    assert "Went back from 112 to 96 images" in caplog.text
+    assert load_newest(whole / "checkpoints")[1]["guard"]["skipped"] == 48
+    for images in (80, 96, 112, 160):
+        parts = training("parts", train__images=images, guard__rollbacks=2)
+    assert_same(whole, parts)
+
+
+def test_as_many_rollbacks_as_allowed_then_advice(training, spoilt):
+    for at in (80, 112):  # strikes again right after the return to 64
+        spoilt(at, float("nan"))
+    with pytest.raises(Diverged, match=r"a higher objective.beta_neg"):
+        training("none")
+    with pytest.raises(Diverged, match="kl_real is not finite at level 1"):
+        training("one", guard__rollbacks=1, run__checkpoint=64)
+    folder = training("two", guard__rollbacks=2, run__checkpoint=64)
+    assert load_newest(folder / "checkpoints")[1]["images"] == 160
+
+
+def test_divergence_before_any_checkpoint_stops(training, spoilt):
+    spoilt(16, float("nan"))
+    with pytest.raises(Diverged, match="not finite"):
+        training("early", guard__rollbacks=5)
+
+
+def test_spike_goes_back(training, spoilt, caplog):
+    spoilt(128, 30.0)
+    folder = training("spike", guard__rollbacks=1, guard__spike=20)
+    assert "rec_real rose to" in caplog.text and "more than guard.spike=20.0 times" in caplog.text
+    assert "Went back from 144 to 128 images" in caplog.text
+    assert max(line["rec_real"] for line in read_lines(folder / "stats.jsonl")) < 500
+    spoiled = training("spoiled")
+    assert max(line["rec_real"] for line in read_lines(spoiled / "stats.jsonl")) > 5000
+
+
+def test_spike_is_told_from_the_median_of_whole_ticks():
+    guard = Guard(make_config({"guard": {"spike": 3}}))
+    for error in (10.0, 11.0, 100.0):  # too few ticks to tell
+        guard.check_tick({"rec_real": error, "kl_real": 1.0}, 0, 0)
+    guard.check_tick({"rec_real": 32.0, "kl_real": 2.9}, 0, 0)
+    with pytest.raises(Diverged, match=r"kl_real rose to 3.1, more than guard.spike=3.0 times 1"):
+        guard.check_tick({"rec_real": 10.0, "kl_real": 3.1}, 0, 0)
+    again = Guard(make_config({"guard": {"spike": 3}}))
+    again.restore(json.loads(json.dumps(guard.state())))
+    with pytest.raises(Diverged, match=r"rec_real rose to 90, more than guard.spike=3.0 times 21.5"):
+        again.check_tick({"rec_real": 90.0, "kl_real": 1.0}, 0, 0)
+    again.new_level()
+    again.check_tick({"rec_real": 400.0, "kl_real": 1.0}, 1, 0)
+
+
+def test_every_difference_is_named(monkeypatch):
+    ranks = [{"a": "1", "b": "2"}, {"a": "1", "b": "2"}, {"a": "3", "c": "4"}]
+    monkeypatch.setattr(agreement, "_gather", lambda facts: ranks)
+    with pytest.raises(RanksDiffer) as caught:
+        agreement.check_same(ranks[0])
+    assert "rank 2 has a=3, rank 0 has 1; rank 2 has b=absent, rank 0 has 2" in str(caught.value)
+    assert "rank 2 has c=4, rank 0 has absent" in str(caught.value) and "rank 1" not in str(caught.value)
+    monkeypatch.setattr(agreement, "_gather", lambda facts: [facts] * 3)
+    agreement.check_same(ranks[0])
+
+
+def test_where_things_lie_may_differ_between_ranks_and_nothing_else():
+    here = make_config({"data": {"path": "/a", "workers": 1}, "run": {"folder": "/b"}})
+    there = make_config({"data": {"path": "/c", "workers": 2}, "run": {"folder": "/d"}})
+    facts = agreement.program_facts(here, "torch", 0)
+    assert facts == agreement.program_facts(there, "torch", 0)
+    assert facts != agreement.program_facts(here, "deepspeed", 1)
+    other = agreement.program_facts(make_config({"run": {"tick": 5}, "data": {"path": "/a"}}), "torch", 0)
+    assert [key for key in facts if facts[key] != other[key]] == ["run.tick"]
+    assert facts["source file kernels/gaussian.py"] and facts["source file sivae_fast/training/loop.py"]
+
+
+def test_what_fails_on_one_rank_fails_on_all(monkeypatch):
+    def fails():
+        raise ValueError("no such file")
+
+    with pytest.raises(ValueError, match="no such file"):
+        agreement.on_all_ranks(fails)
+    monkeypatch.setattr(agreement, "_gather", lambda text: [text, "no such file"])
+    with pytest.raises(RankFailed, match="rank 1 failed: no such file"):
+        agreement.on_all_ranks(lambda: 3)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_checksums_tell_image_sets_apart(image_folder, tmp_path, kind):
+    def packed(name: str, folder) -> ImageSet:
+        return ImageSet(shutil.make_archive(tmp_path / name, "zip", folder) if kind == "zip" else folder)
+
+    same, other = (shutil.copytree(image_folder, tmp_path / name) for name in ("same", "other"))
+    Image.new("RGB", (8, 8)).save(other / "017.png")
+    sums = [packed(folder.name + "-set", folder).checksum() for folder in (image_folder, same, other)]
+    assert sums[0] == sums[1] != sums[2]
+    (same / "000.png").rename(same / "0000.png")
+    assert packed("renamed", same).checksum() != sums[0]
+
+
+def test_checksums_tell_held_items_apart():
+    items = torch.arange(300.0).view(100, 3)
+    assert Held(items).checksum() == Held(items.clone()).checksum() != Held(items + 1).checksum()
+
+
+def test_changed_data_are_said_on_resume(training, image_folder, tmp_path, caplog):
+    folder = shutil.copytree(image_folder, tmp_path / "mine")
+    training("run", data__path=folder, train__images=32)
+    assert "changed since the checkpoint" not in caplog.text
+    (folder / "039.png").unlink()
+    training("run", data__path=folder, train__images=48)
+    assert "items in the data changed since the checkpoint: 39, was 40" in caplog.text
+
+
+def test_a_last_state_that_cannot_be_saved_is_an_error(training, monkeypatch, caplog):
+    import safetensors.torch
+
+    def full(values, path, metadata):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    training("run", train__images=32)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        training("run", train__images=80)
+    for what in ("checkpoint at 64 images not saved", "checkpoint at 80 images not saved", "snapshot at 80"):
+        assert what in caplog.text
+
+
+def test_a_line_that_does_not_fit_leaves_no_part_of_it(tmp_path, monkeypatch):
+    path, write = tmp_path / "stats.jsonl", os.write
+    append_line(path, {"images": 1})
+    monkeypatch.setattr(files.os, "write", lambda descriptor, line: write(descriptor, line[:5]))
+    with pytest.raises(OSError, match="no space left"):
+        append_line(path, {"images": 2})
+    monkeypatch.undo()
+    append_line(path, {"images": 3})
+    assert read_lines(path) == [{"images": 1}, {"images": 3}]
+
+
+def test_what_a_kill_left_half_written_is_removed(training):
+    folder = training("run", train__images=32) / "checkpoints"
+    (folder / ".0000000048.safetensors.77.tmp").write_bytes(b"half")
+    training("run", train__images=64)
+    assert not list(folder.glob(".*"))
+
+
+def test_checkpoints_hold_nothing_of_this_machine(training, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret-of-somebody")
+    for owner, name in ((socket, "gethostname"), (platform, "node")):
+        monkeypatch.setattr(owner, name, lambda: "host-of-somebody")
+    folder = training("run")
+    found = [path for part in ("checkpoints", "snapshots") for path in (folder / part).iterdir()]
+    assert len(found) >= 3
+    for path in found:
+        content = path.read_bytes()
+        for private in (
+            b"of-somebody",
+            str(tmp_path).encode(),
+            str(image_folder).encode(),
+            b"/home",
+            b"/tmp",
+        ):
+            assert private not in content, path
+
+
+def test_resuming_unpickles_nothing(training, monkeypatch):
+    training("run", train__images=32)
+
+    def refuse(*arguments, **options):
+        raise AssertionError("something was unpickled")
+
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(owner, name, refuse)
+    assert load_newest(training("run", train__images=64) / "checkpoints")[1]["images"] == 64
+
+
+def test_a_pickle_in_place_of_the_tensors_is_refused(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    path = tmp_path / "0000000010.safetensors"
+    torch.save({"model/a": Harm()}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_suffix(".json").write_text(json.dumps({"format": "sivae-fast 1", "sha256": digest}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_ranks_listen_on_the_loopback_interface_but_for_the_store(bench):
+    """PyTorch's TCPStore, in rank 0 or in the launcher, binds every interface and has no option for it."""
+    forever = {"kind": "kill", "rank": 1, "images": 10**9}
+    launch = bench.start("listens", fault=forever, train__images=10**9, run__checkpoint=10**9)
+    try:
+        events = bench.place("listens") / "events.jsonl"
+        while not events.exists():
+            assert all(process.poll() is None for process in launch.processes), launch.text()
+            time.sleep(0.1)
+        first, second = (listening(process.pid) for process in launch.processes)
+        launch.processes[0].send_signal(signal.SIGTERM)
+        assert launch.wait() == [0, 0]
+    finally:
+        launch.kill()
+    store = int(bench.ports["listens"])
+    assert store in {port for _, port in first}
+    assert {address for address, port in first | second if port != store} == {"127.0.0.1"}
