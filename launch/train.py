@@ -20,7 +20,8 @@ from sivae_fast.training.loop import train
 
 #: Errors that say by themselves what to do; everything else is a defect and shows where it happened.
 EXPECTED = (
-    CheckpointError, ConfigError, Diverged, ImportError, OSError, RankFailed, RanksDiffer, RunInUse, ValueError,
+    CheckpointError, ConfigError, Diverged, ImportError, OSError,
+    RankFailed, RanksDiffer, RunInUse, ValueError,
 )  # fmt: skip
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
