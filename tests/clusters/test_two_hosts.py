@@ -1,0 +1,147 @@
+"""One training over two hosts: two network namespaces joined by a cable, launched as the documentation says.
+
+pytest -m cluster tests/clusters      needs root and `ip netns`
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import ROOT, TINY, environment, image_folder, launch
+from tests.training.test_distributed import FLOOR, largest_difference, start, weights
+
+__all__ = ["image_folder", "launch", "start"]
+
+#: What a tick says about the machine rather than the training.
+MACHINE = {"time", "images_per_second", "step_seconds", "data_seconds", "memory_bytes"}
+NODE = ROOT / "launch" / "clusters" / "node.sh"
+
+
+def ip(*arguments: str) -> str:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def why_not() -> str:
+    """Why this machine cannot play two hosts, or ""."""
+    if not shutil.which("ip"):
+        return "needs the `ip` command of iproute2"
+    name = f"sivae-{os.getpid()}-probe"
+    try:
+        ip("netns", "add", name)
+        ip("netns", "delete", name)
+    except OSError as error:
+        return f"needs root and network namespaces ({error})"
+    return ""
+
+
+class Hosts:
+    """Two namespaces, a cable between them, and the processes started in them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.names = [f"sivae-{os.getpid()}-{side}" for side in "ab"]
+        self.addresses = ["10.213.77.1", "10.213.77.2"]
+        self.processes: list[subprocess.Popen] = []
+
+    def connect(self) -> None:
+        for name in self.names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        first, second = self.names
+        ip("-n", first, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", second)
+        for name, address in zip(self.names, self.addresses, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+
+    def cut(self) -> None:
+        ip("-n", self.names[0], "link", "set", "eth0", "down")
+
+    def start(self, program: str, settings: dict) -> None:
+        """The documented command on both hosts, one process each."""
+        hostfile = self.folder / "hostfile"
+        hostfile.write_text("node-0 slots=1\nnode-1 slots=1\n")
+        arguments = [f"{key}={value}" for key, value in settings.items()]
+        for rank, name in enumerate(self.names):
+            env = environment() | {
+                "NODE_RANK": str(rank),
+                "MASTER_ADDR": self.addresses[0],
+                "HOSTFILE": str(hostfile),
+                "GLOO_SOCKET_IFNAME": "eth0",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            }
+            command = ["ip", "netns", "exec", name, NODE, ROOT / "launch" / program, *arguments]
+            with open(self.output(rank), "w") as output:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=self.folder, env=env, stdout=output, stderr=output)
+                )
+
+    def output(self, rank: int) -> Path:
+        return self.folder / f"host{rank}.txt"
+
+    def wait(self, seconds: float) -> list[int]:
+        """Exit codes of both; fails where one still runs after `seconds`."""
+        end = time.monotonic() + seconds
+        return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
+
+    def clean_up(self) -> None:
+        for name in self.names:
+            with contextlib.suppress(OSError):
+                for pid in ip("netns", "pids", name).split():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                ip("netns", "delete", name)
+        for process in self.processes:
+            process.wait(30)
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    made = Hosts(tmp_path)
+    try:
+        made.connect()
+        yield made
+    finally:
+        made.clean_up()
+
+
+def ticks(folder: Path, name: str) -> list[dict]:
+    (path,) = (folder / "runs").glob(f"*-{name}/stats.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("kind, zero", [("torch", 0), ("deepspeed", 1)])
+def test_two_hosts_equal_one_process(hosts, launch, image_folder, start, kind, zero):
+    launch(run__name="one")
+    engine = {"engine.kind": kind, "engine.zero": zero}
+    hosts.start("train.py", {**TINY, "data.path": image_folder, "run.name": "two", **engine})
+    assert hosts.wait(240) == [0, 0], hosts.output(0).read_text()[-3000:]
+    one, two = weights(launch.folder, "one"), weights(launch.folder, "two")
+    assert largest_difference(one, two, start) < FLOOR
+    for mine, theirs in zip(ticks(launch.folder, "one"), ticks(launch.folder, "two"), strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in mine.keys() - MACHINE:
+            assert theirs[key] == pytest.approx(mine[key], rel=1e-3), key
+
+
+@pytest.mark.cluster
+def test_the_doctor_sees_two_hosts(hosts, image_folder):
+    hosts.start("doctor.py", {})
+    assert hosts.wait(120) == [0, 0]
+    lines = hosts.output(0).read_text()
+    assert "2 on 2 nodes" in lines and "gloo: right sums" in lines
