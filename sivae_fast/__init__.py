@@ -16,7 +16,12 @@ _LOSSES = {
     **dict.fromkeys(["gaussian_kl", "reparameterize", "sample_and_kl"], "kernels.gaussian"),
     "reconstruction_error": "kernels.reconstruction",
 }
-_MODELS = {"load": "checkpoint", "pull": "hub", "push": "commands.publish"}  # need more than torch
+_MODELS = {  # need more than torch
+    "Inference": "inference",
+    "load": "checkpoint",
+    "pull": "hub",
+    "push": "commands.publish",
+}
 _HOME = _LOSSES | _MODELS
 __all__ = [*_LOSSES]
 

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +125,29 @@ def test_bad_options_are_named(runs, options, message):
 def test_a_device_that_is_not_there_is_named(runs, device):
     with pytest.raises(ValueError, match=f"device is '{device}', this machine has auto, cpu"):
         Inference.load(runs.style, device=device)
+
+
+@pytest.mark.parametrize("guide", ["README.md", "docs/evaluation.md"])
+def test_the_examples_of_the_guides_run(runs, tmp_path, monkeypatch, guide):
+    text = (Path(__file__).parents[2] / guide).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (example,) = [block for block in blocks if "runs/00000-quickstart" in block]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "00000-quickstart").symlink_to(runs.style)
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(compile(example, guide, "exec"), scope)
+    assert scope["images"].shape == scope["again"].shape
+    assert scope["again"].dtype == (torch.float32 if guide == "README.md" else torch.uint8)
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_the_cpu_draws(runs):
+    cpu, gpu = (Inference.load(runs.residual, device=device, show=False) for device in ("cpu", "cuda"))
+    images = cpu.read([runs.grey], 10)
+    torch.testing.assert_close(gpu.encode(images), cpu.encode(images), rtol=1e-2, atol=1e-2)
+    apart = gpu.sample(10, 1).int() - cpu.sample(10, 1).int()
+    assert apart.abs().max() <= 2
 
 
 def test_three_lines_of_python_use_a_model(runs):
