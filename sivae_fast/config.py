@@ -168,6 +168,7 @@ class TrainConfig(Section):
     micro_batch: PositiveInt | None = Field(None, description="most images of one pass on one rank")
     warmup_images: Annotated[int, Field(ge=0)] = Field(0, description="images trained as a plain VAE first")
     precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: bool = Field(False, description="style model: less memory, more time")
     schedule: Literal["minimal", "published"] = "minimal"
     fresh_draws: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
@@ -278,6 +279,8 @@ class Config(Section):
                 f"growth.images_per_level={self.growth.images_per_level} needs model.kind=style, "
                 f"model.kind={self.model.kind} has one size"
             )
+        if self.train.recompute and self.model.kind != "style":
+            raise ValueError(f"train.recompute=true needs model.kind=style, got model.kind={self.model.kind}")
         if self.evaluate.every and self.model.kind not in ("style", "residual"):
             raise ValueError(
                 f"evaluate.every={self.evaluate.every} needs model.kind=style or residual, "
@@ -319,6 +322,7 @@ class Config(Section):
             kept.pop(free)
         kept["train"].pop("images")
         kept["train"].pop("micro_batch")
+        kept["train"].pop("recompute")
         for name in ("loader", "workers", "cache_gib"):
             kept["data"].pop(name, None)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -75,6 +75,13 @@ class Model(nn.Module):
         """The modules that the decoder phase trains; with the encoder's they hold every trained parameter."""
         raise NotImplementedError
 
+    def recomputable_modules(self) -> Iterable[nn.Module]:
+        """Modules that may run again in the backward pass in place of keeping their activations.
+
+        They draw nothing and change nothing (no batch norm); none in a model that is small anyway.
+        """
+        return ()
+
     def learning_rate_factors(self) -> dict[str, float]:
         """Factor on the learning rate by parameter name; names left out have 1 (equalised learning rate)."""
         return {}

@@ -174,6 +174,9 @@ class StyleModel(Model):
     def decoder_modules(self) -> Iterable[nn.Module]:
         return [self.decoder, self.mapping_fl]
 
+    def recomputable_modules(self) -> Iterable[nn.Module]:
+        return [*self.encoder.blocks, *self.decoder.blocks]
+
     def learning_rate_factors(self) -> dict[str, float]:
         """Equalised learning rate: gain/sqrt(fan_in) for weights, and the tenfold slower mappings."""
         return {

@@ -21,6 +21,7 @@ from sivae_fast.training.guard import Diverged, Guard
 from sivae_fast.training.memory import keep_freed_memory
 from sivae_fast.training.meter import Meter, means
 from sivae_fast.training.optim import make_optimizer, set_learning_rate
+from sivae_fast.training.recompute import recompute
 from sivae_fast.training.recorder import Recorder
 from sivae_fast.training.resume import go_back, restore, state_of
 from sivae_fast.training.signals import Stopper
@@ -96,6 +97,8 @@ class Trainer:
         }
         half_life = config.average.half_life
         self.average = Average(self.model, half_life) if half_life else None
+        if config.train.recompute:
+            recompute(self.model.recomputable_modules())
         self.meter, self.guard = Meter(device), Guard(config)
         self.images, self.lod, self.stage = 0, schedule.lod(0), schedule.at(0)
         self.step_seconds = self.data_seconds = 0.0
