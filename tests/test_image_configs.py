@@ -10,6 +10,7 @@ from PIL import Image
 from sivae_fast.config import ConfigError, load_config
 from sivae_fast.data import dali, pixels
 from sivae_fast.draws import Draws, Rows
+from sivae_fast.evaluation.batchnorm import batch_norms
 from sivae_fast.models.residual import SIZES
 from sivae_fast.systems import make_data, make_model, make_objective
 
@@ -28,6 +29,13 @@ def test_configuration_has_the_published_size_and_trains_pixels_in_zero_to_one(n
     objective = make_objective(config, shape)
     assert objective.scale == pytest.approx(1 / torch.Size(shape).numel())
     assert config.train.images >= 200 * 4000
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_group_norm_is_one_key_away(name):
+    with torch.device("meta"):
+        model = make_model(load_config(CONFIGS / f"{name}.yaml", ["model.norm=group"]))
+    assert not batch_norms(model) and not model.uses_batch_statistics
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,22 @@ def test_the_command_passes_them_on(runs, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_batch_norm_is_chosen_on_the_command_line_and_said_beside_the_number(runs, tmp_path, capsys):
+    values, pictures = {}, set()
+    for mode in ("running", "batch", "recalibrated", None):
+        chosen = ["--batch-norm", mode] if mode else []
+        assert main(["evaluate", str(runs.residual), "--metrics", "mse", "--batch", "8", *chosen]) == 0
+        record = json.loads(capsys.readouterr().out)["mse"]
+        assert record["batch_norm"] == (mode or "recalibrated")
+        values[mode] = record["value"]
+        out = tmp_path / f"{mode}.png"
+        assert main(["sample", str(runs.residual), "--count", "8", "--out", str(out), *chosen]) == 0
+        capsys.readouterr()
+        pictures.add(out.read_bytes())
+    assert values.pop(None) == values["recalibrated"]
+    assert len(set(values.values())) == 3 and len(pictures) == 3
+
+
 def test_sets_of_one_name_stay_two(runs, tmp_path, capsys):
     twin = tmp_path / runs.dark.name
     twin.symlink_to(runs.dark)
