@@ -22,5 +22,7 @@ run tests python3 -m pytest -o addopts="" -q -m gpu --benchmark-skip --continue-
 run losses python3 bench/losses.py --out "$out"
 run step python3 bench/step.py --resolution "${RESOLUTION:-256}" --batches ${BATCHES:-8 16 32 64} \
   --out "$out/step-$device.json"
+run profile python3 bench/step_profile.py --config launch/configs/ffhq256.yaml --out "$out" \
+  data.path=quickstart data.loader=torch train.precision=bf16 model.resolution="${RESOLUTION:-256}"
 run chamfer python3 bench/chamfer.py
 exit $failed
