@@ -1,25 +1,25 @@
 """Chamfer distance, forward and backward: this project's operator beside plain PyTorch and pytorch3d.
 
-    python bench/chamfer.py [--device cuda] [--batch 32] [--points 2048]
+    python bench/chamfer.py [--device cuda] [--batch 8] [--points 512 1024 2048]
 
-A row is printed when the errors and gradients of that version agree with float64 brute force in this run.
-Times are medians; memory is what a version adds at its peak. Writes chamfer_<device>.json under
-bench/results/.
+A version is measured when its errors and gradients agree with float64 brute force in this run. Time is that
+of one call, on the CPU the best in processor time; memory is what forward and backward add at their peak.
+Writes chamfer-<device>.json; pytorch3d has no rows where it is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
-import platform
 import re
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from measure import machine, memory, wall
 from torch import Tensor
 
 from sivae_fast.files import write_text
@@ -73,81 +73,57 @@ def gate(version, device: str) -> float:
     return max(value_error.item(), gradient_error.item())
 
 
-def milliseconds(run: Callable[[], object], device: str, repeats: int) -> float:
-    def once() -> float:
-        wait(device)
-        start = time.perf_counter()
-        run()
-        wait(device)
-        return 1e3 * (time.perf_counter() - start)
-
-    once()
-    return statistics.median(once() for _ in range(repeats))
-
-
-def wait(device: str) -> None:
+def added_mib(version, x: Tensor, y: Tensor, device: str) -> float:
+    """Most memory that forward and backward add at any time, MiB (on the CPU: resident memory, Linux)."""
     if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def added_mib(version, batch: int, points: int, device: str) -> float:
-    """Memory that one forward and backward pass adds at its peak, in MiB."""
-    x, y = clouds(batch, points, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(version, x, y)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        loss = lambda: version(x, y).mean()
+        return memory(loss, lambda kept: torch.autograd.grad(kept, y))[1] / 2**20
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else earlier peaks, kept by the allocator, would hide this one
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
-    before = resident_mib()
+    before = _peak_kib()
     step(version, x, y)
-    return resident_mib() - before
+    return (_peak_kib() - before) / 2**10
 
 
-def resident_mib() -> float:
-    """Peak resident memory of this process (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
+def _peak_kib() -> int:
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def measured(version, batch: int, points: int, device: str, seconds: float) -> dict[str, float]:
+    x, y = clouds(batch, points, device)
+    still = y.detach()
+    # Memory first: the timing loop leaves freed blocks behind.
+    added = added_mib(version, x, y, device)
+    return {
+        "points": points,
+        "forward_ms": 1e3 * wall([partial(version, x, still)], device, seconds),
+        "forward_backward_ms": 1e3 * wall([partial(step, version, x, y)], device, seconds),
+        "added_mib": added,
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--points", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--points", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
     options = parser.parse_args(arguments)
-    shape = (options.batch, options.points, options.device)
-    table = []
+    device, rows = options.device, []
     for name, version in versions().items():
-        error = gate(version, options.device)
+        error = gate(version, device)
         if error > 1e-4:
-            print(f"{name:<10} wrong by {error:.1e}: no row")
+            print(f"{name:<10} wrong by {error:.1e}: not measured")
             continue
-        x, y = clouds(*shape)
-        still = y.detach()
-        row = {
-            "version": name,
-            "forward_ms": milliseconds(partial(version, x, still), options.device, options.repeats),
-            "forward_backward_ms": milliseconds(
-                partial(step, version, x, y), options.device, options.repeats
-            ),
-            "added_mib": added_mib(version, *shape),
-            "relative_error": error,
-        }
-        table.append(row)
-        print(
-            "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v:<10}" for k, v in row.items()),
-            flush=True,
-        )
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
-    result = {
-        "device": f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "batch": options.batch,
-        "points": options.points,
-        "rows": table,
-    }
-    write_text(RESULTS / f"chamfer_{options.device}.json", json.dumps(result, indent=1) + "\n")
+        for points in options.points:
+            values = measured(version, options.batch, points, device, options.seconds)
+            rows.append({"version": name, **values, "relative_error": error})
+            print(name, "  ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
+    result = {**machine(device), "batch": options.batch, "rows": rows}
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(options.out / f"chamfer-{device}.json", json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

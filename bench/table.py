@@ -71,6 +71,19 @@ def _losses(found: dict) -> str:
     )
 
 
+def _chamfer(found: dict) -> str:
+    """At the largest number of points that both versions have."""
+    ours, usual = ({r["points"]: r for r in found["rows"] if r["version"] == v} for v in ("sivae", "cdist"))
+    points = max(set(ours) & set(usual))
+    a, b = ours[points], usual[points]
+    speedup = b["forward_backward_ms"] / a["forward_backward_ms"]
+    return (
+        f"**{speedup:.1f}** times the speed of `torch.cdist` forward and backward at {points} points, "
+        f"{a['added_mib']:.1f} MiB against {b['added_mib']:.0f} "
+        f"({found['device']}, batch {found['batch']})"
+    )
+
+
 ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("style iteration at 64x64, CPU", "step-cpu.json", _step),
     ("style iteration at 256x256, GPU", "step-cuda.json", _step),
@@ -79,6 +92,8 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("encoder phase of the loss, both passes, CPU", "losses-cpu.json", _losses),
     ("encoder phase of the loss, both passes, GPU", "losses-cuda.json", _losses),
     ("density iteration, batch 512", "density_speed.json", _density),
+    ("Chamfer distance, CPU", "chamfer-cpu.json", _chamfer),
+    ("Chamfer distance, GPU", "chamfer-cuda.json", _chamfer),
 ]
 
 
