@@ -76,12 +76,13 @@ def _chamfer(found: dict) -> str:
     versions = ("sivae", "expansion", "cdist")
     rows = {(row["version"], row["points"]): row for row in found["rows"]}
     points = max(p for _, p in rows if all((version, p) in rows for version in versions))
-    ours, expansion, cdist = (rows[version, points] for version in versions)
-    key = "forward_backward_ms"
+    chosen = [rows[version, points] for version in versions]
+    milliseconds, mib = ([row[key] for row in chosen] for key in ("forward_backward_ms", "added_mib"))
     return (
-        f"**{expansion[key] / ours[key]:.1f}** times the expanded squares' speed, {cdist[key] / ours[key]:.1f} "
-        f"times `torch.cdist`'s, forward and backward at {points} points; {ours['added_mib']:.0f} MiB against "
-        f"{expansion['added_mib']:.0f} and {cdist['added_mib']:.0f} ({found['device']}, batch {found['batch']})"
+        f"**{milliseconds[1] / milliseconds[0]:.1f}** times the expanded squares' speed, "
+        f"{milliseconds[2] / milliseconds[0]:.1f} times `torch.cdist`'s, forward and backward at {points} "
+        f"points; {mib[0]:.0f} MiB against {mib[1]:.0f} and {mib[2]:.0f} "
+        f"({found['device']}, batch {found['batch']})"
     )
 
 
