@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["train.images=1200", "growth.images_per_level=300", "train.warmup_images=600", "run.tick=300"]
+pytestmark = pytest.mark.timeout(1800)  # painting and training come first
+SHORT = ["train.images=640", "growth.images_per_level=160", "train.warmup_images=320", "run.tick=160"]
 
 COMMANDS = {
     "sample": (["--out", "s.png"], "s.png"),
