@@ -24,6 +24,7 @@ import torch.distributed as dist
 from sivae_fast.commands.fingerprint import fingerprint
 from sivae_fast.commands.ranks import Ranks, Trouble, attempt, connected, reason
 from sivae_fast.config import Config, load_config
+from sivae_fast.training.agreement import program_facts, source_files
 
 GIB = 1 << 30
 #: Seconds between clocks from which log lines and file times of two nodes are no longer in order.
@@ -106,19 +107,9 @@ def versions() -> dict[str, str]:
             found[name] = "absent"
     dali = [d for d in importlib.metadata.distributions() if (d.name or "").startswith("nvidia-dali")]
     found["DALI"] = dali[0].version if dali else "absent"
-    found["sivae-fast"] = _source_digest()
+    sources = "".join(source_files().values())
+    found["sivae-fast"] = hashlib.sha256(sources.encode()).hexdigest()[:8]
     return found
-
-
-def _source_digest() -> str:
-    import sivae_fast
-    import sivae_fast.kernels
-
-    digest = hashlib.sha256()
-    for package in (sivae_fast, sivae_fast.kernels):
-        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def _versions(ranks: Ranks, plan) -> tuple[str, str]:
@@ -202,19 +193,19 @@ def _configuration(ranks: Ranks, plan: Plan | Trouble) -> tuple[str, str]:
     from sivae_fast.systems import make_schedule
     from sivae_fast.training.loop import check_batches
 
-    def look() -> tuple[str, str]:
-        config = plan.config
-        check_batches(config, make_schedule(config), ranks.world)
-        digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:8]
-        return digest, f"engine {plan.kind}, ZeRO {plan.zero}, train.batch={config.train.batch}"
+    def look() -> dict[str, str]:
+        check_batches(plan.config, make_schedule(plan.config), ranks.world)
+        facts = program_facts(plan.config, plan.kind, plan.zero)
+        return {key: value for key, value in facts.items() if not key.startswith("source file")}
 
     facts = ranks.gather(plan if isinstance(plan, Trouble) else attempt(look))
     if trouble := ranks.troubles(facts):
         return "failed", trouble
-    if len({digest for digest, _ in facts}) > 1:
-        digests = ranks.say_values([digest for digest, _ in facts])
-        return "failed", f"the configurations differ ({digests}): give every node the same file and overrides"
-    return "ok", facts[0][1]
+    apart = [key for key in facts[0] if len({fact[key] for fact in facts}) > 1]
+    if apart:
+        values = ". ".join(f"{key}: {ranks.say_values([fact[key] for fact in facts])}" for key in apart[:3])
+        return "failed", f"{values}. Give every node the same file and overrides"
+    return "ok", f"{facts[0]['the engine']}, train.batch={plan.config.train.batch}"
 
 
 def _data(ranks: Ranks, plan: Plan) -> tuple[str, str]:

@@ -205,26 +205,30 @@ def test_two_ranks_with_different_data_and_folders(tmp_path):
 
 @pytest.fixture
 def odd_second_rank(tmp_path) -> Path:
-    """The doctor's program, on rank 1 with another PyTorch and a clock an hour ahead."""
+    """The doctor's program, on rank 1 with another PyTorch, seed and a clock an hour ahead."""
     program = tmp_path / "odd.py"
     program.write_text(
-        "import os, runpy, time\n"
+        "import os, runpy, sys, time\n"
         "from sivae_fast.commands import doctor\n"
         "if os.environ['RANK'] == '1':\n"
         "    real = doctor.versions\n"
         "    doctor.versions = lambda: real() | {'torch': '1.13.1'}\n"
+        "    sys.argv.append('train.seed=7')\n"
         "    doctor.now = lambda: time.time() + 3600\n"
         f"runpy.run_path({str(DOCTOR)!r}, run_name='__main__')\n"
     )
     return program
 
 
-def test_versions_and_clocks_that_differ(tmp_path, odd_second_rank):
-    lines, codes = over_ranks([tmp_path / "a", tmp_path / "b"], program=odd_second_rank)
+def test_versions_clocks_and_settings_that_differ(tmp_path, odd_second_rank):
+    settings = ["--config", str(CONFIG), f"run.folder={tmp_path / 'runs'}", "engine.kind=torch"]
+    lines, codes = over_ranks([tmp_path / "a", tmp_path / "b"], *settings, program=odd_second_rank)
     assert codes == [1, 1]
     verdict, text = lines["versions"]
     assert verdict == "failed" and text.startswith("torch: ") and "1.13.1 on rank 1" in text
     assert "python" not in text
+    verdict, text = lines["configuration"]
+    assert verdict == "failed" and text.startswith("train.seed: 0 on rank 0") and "7 on rank 1" in text
     assert lines["clocks"][0] == "warning" and "3600.0 s apart, rank 1" in lines["clocks"][1]
 
 
