@@ -1,62 +1,101 @@
-"""Swap errors of image translation runs against the ground truth, beside a shuffled baseline.
+"""Image translation on the made pictures: a plain VAE and Soft-IntroVAE, same networks, same processor time.
 
-    python launch/train.py --config launch/configs/translation_small.yaml
-    python launch/train.py --config launch/configs/translation_small.yaml objective.kind=vae
-    run.name=translation_vae python bench/translation.py soft_introvae=runs/00000-translation_small
-    vae=runs/00001-translation_vae
+    python bench/translation.py [--only soft_introvae] [--lpips FOLDER]
 
-Every run is measured at its newest snapshot. Writes translation.json and translation_<name>.png under
-bench/results/.
+Trains both on one thread from launch/configs/translation_small.yaml, then swaps codes of test images and
+compares with the pictures that really have that class and that content, beside baselines. Writes
+translation.json and translation_<name>.png (contents on top, classes at the left) under bench/results/. With
+--only the other rows stay as they are; --lpips adds that distance (see docs/evaluation.md for its weights).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import time
 from pathlib import Path
 
 import torch
+from measure import machine
 from torch import Tensor
 
 from sivae_fast.checkpoint import load
+from sivae_fast.config import load_config
 from sivae_fast.data.factors import Factors, load_factors
 from sivae_fast.evaluation import translation
+from sivae_fast.evaluation.reconstruction import load_lpips
 from sivae_fast.files import write_text
+from sivae_fast.training.loop import train
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+CONFIG = ROOT / "launch" / "configs" / "translation_small.yaml"
+
+#: Images are chosen so that every run takes about the same processor time.
+RUNS = {
+    "vae": ["objective.kind=vae", "train.images=40000", "run.name=translation_vae"],
+    "soft_introvae": [],
+}
 
 
-@torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="name=run folder")
+    parser.add_argument("--only", choices=RUNS, nargs="+", default=list(RUNS))
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="for every run")
+    parser.add_argument("--lpips", type=Path, help="folder of AlexNet's weights")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    errors = Errors(options.lpips)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = {}
-    for name, _, folder in (run.partition("=") for run in options.runs):
-        model = load(sorted((Path(folder) / "snapshots").glob("*.safetensors"))[-1])
+    path = options.out / "translation.json"
+    rows = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    for name in options.only:
+        seconds, folder = trained([*RUNS[name], *options.set])
+        model = load(sorted((folder / "snapshots").glob("*.safetensors"))[-1])
         factors = load_factors(model.config.data.path, model.resolution)
-        rows[name] = measure(model, factors)
-        draw(model, factors, options.out / f"translation_{name}.png")
+        with torch.no_grad():
+            rows[name] = {"processor_seconds": seconds, **measure(model, factors, errors)}
+            draw(model, factors, options.out / f"translation_{name}.png")
+            result = {**machine("cpu"), "baselines": baselines(factors, errors), "runs": rows}
+        write_text(path, json.dumps(result, indent=1) + "\n")
         print(name, json.dumps(rows[name], indent=1), flush=True)
-    result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "baselines": baselines(factors),
-        "runs": rows,
-    }
-    write_text(options.out / "translation.json", json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["baselines"], indent=1))
 
 
-def measure(model, factors: Factors) -> dict:
+def trained(overrides: list[str]) -> tuple[float, Path]:
+    """Processor time of a whole training, writing included, and its folder."""
+    config = load_config(CONFIG, ["engine.kind=torch", "run.new=true", *overrides])
+    start = time.process_time()
+    folder = train(config)
+    return time.process_time() - start, folder
+
+
+class Errors:
+    """Means of the errors between images and their truth, both [n, C, R, R] in [0, 1]."""
+
+    def __init__(self, lpips: Path | None):
+        self.functions = {"mse": translation.mse, "ssim": translation.ssim}
+        if lpips:
+            self.functions["lpips"] = load_lpips(lpips)
+
+    def __call__(self, made: Tensor, truth: Tensor) -> dict[str, float]:
+        parts = list(zip(made.split(256), truth.split(256), strict=True))
+        return {
+            name: torch.cat([function(*part) for part in parts]).mean().item()
+            for name, function in self.functions.items()
+        }
+
+
+def measure(model, factors: Factors, errors: Errors) -> dict:
     z = torch.cat([model.encode(part).mean for part in images(factors.images).split(256)])
     givers, others, truth = pairs(factors)
     class_code, content_code = model.split(z)
     return {
         "images": model.images,
-        "objective": model.config.objective.model_dump(mode="json"),
+        **{
+            name: getattr(model.config, name).model_dump(mode="json")
+            for name in ("model", "objective", "train")
+        },
         "swap": errors(decode(model, model.swap(z[givers], z[others])), truth),
         "reconstruction": errors(decode(model, z[factors.test]), images(factors.images[factors.test])),
         "probe": {
@@ -67,7 +106,7 @@ def measure(model, factors: Factors) -> dict:
     }
 
 
-def baselines(factors: Factors) -> dict:
+def baselines(factors: Factors, errors: Errors) -> dict:
     givers, others, truth = pairs(factors)
     return {
         "pairs": len(givers),
@@ -96,13 +135,6 @@ def images(stored: Tensor) -> Tensor:
 
 def decode(model, z: Tensor) -> Tensor:
     return torch.cat([model.decode(part) for part in z.split(256)])
-
-
-def errors(made: Tensor, truth: Tensor) -> dict[str, float]:
-    return {
-        "mse": translation.mse(made, truth).mean().item(),
-        "ssim": translation.ssim(made, truth).mean().item(),
-    }
 
 
 def draw(model, factors: Factors, path: Path) -> None:

@@ -61,7 +61,10 @@ def error_function(config: Config):
     if kind == "perceptual":
         from sivae_fast.models.perceptual import PerceptualError
 
-        return PerceptualError(config.objective.perceptual_weights)
+        try:
+            return PerceptualError(config.objective.perceptual_weights)
+        except ValueError as error:
+            raise ConfigError(f"objective.perceptual_weights={error}") from error
     return None
 
 

@@ -73,8 +73,9 @@ def test_perceptual_error_needs_its_weights(translation, tmp_path):
     with pytest.raises(ConfigError, match="perceptual needs the file of VGG16's weights"):
         make_config(translation)
     translation["objective"]["perceptual_weights"] = str(tmp_path / "none.pth")
-    with pytest.raises(ValueError, match=r"none\.pth: cannot be read as VGG16 weights"):
-        run(tmp_path, translation)
+    with pytest.raises(ConfigError, match=r"perceptual_weights=.*none\.pth: cannot be read as VGG16 weights"):
+        run(tmp_path / "runs", translation)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_wrong_combinations_are_named(point_clouds, translation, tmp_path):
