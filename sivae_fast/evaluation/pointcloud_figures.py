@@ -25,7 +25,7 @@ def render(
     counts them. Colours tell the position, as in the figures of the paper.
     """
     cloud = cloud.detach().float().cpu()
-    radius = radius or 0.016 * (2048 / len(cloud)) ** 0.35
+    radius = radius or 0.016 * (2048 / len(cloud)) ** 0.25
     side = size * _SMOOTH
     pixels = side / 1.1  # of a unit of length
     right, up, near = _camera(azimuth, elevation)
