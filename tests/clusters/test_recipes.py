@@ -157,7 +157,9 @@ def start(name: str, stubs, folder: Path, images: Path, **variables: str) -> sub
     command = ["bash", CLUSTERS / name, ROOT / "launch" / "train.py", *settings(images)]
     env = {**environment(), "PATH": stubs.path, **variables}
     with open(folder / "output", "w") as output:
-        process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=output, stderr=output, start_new_session=True
+        )
     wait_until(lambda: list(folder.glob("runs/*/stats.jsonl")) or process.poll() is not None)
     assert process.poll() is None, (folder / "output").read_text()
     return process
@@ -179,7 +181,9 @@ def test_slurm_script_saves_at_the_limit_and_requeues(stubs, tmp_path, image_fol
     assert (tmp_path / "requeued").read_text() == "requeue 12345\n"
 
 
-def test_node_script_saves_at_sigterm(stubs, tmp_path, image_folder):
+@pytest.mark.parametrize("number", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_node_script_saves_at_a_signal(stubs, tmp_path, image_folder, number):
+    """A terminal sends Ctrl-C to the whole process group, others one signal to the script."""
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost slots=2\n")
     variables = {
@@ -189,7 +193,10 @@ def test_node_script_saves_at_sigterm(stubs, tmp_path, image_folder):
         "HOSTFILE": str(hostfile),
     }
     process = start("node.sh", stubs, tmp_path, image_folder, **variables)
-    process.terminate()
+    if number == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
     process.wait(timeout=60)
     assert saved(tmp_path), (tmp_path / "output").read_text()
     assert "stopped at" in (tmp_path / "output").read_text()

@@ -140,6 +140,24 @@ def test_two_hosts_equal_one_process(hosts, launch, image_folder, start, kind, z
 
 
 @pytest.mark.cluster
+def test_a_cut_cable_ends_both_hosts_with_a_reason(hosts, image_folder):
+    seconds = 20
+    endless = {"train.images": 10**7, "growth.images_per_level": 10**7, "engine.timeout_seconds": seconds}
+    hosts.start("train.py", {**TINY, "data.path": image_folder, **endless})
+    end = time.monotonic() + 180
+    while not list(hosts.folder.glob("runs/*/stats.jsonl")):
+        assert time.monotonic() < end and all(process.poll() is None for process in hosts.processes)
+        time.sleep(0.2)
+    hosts.cut()
+    # The reduction that never ends, then the processes and their launchers.
+    assert 0 not in hosts.wait(seconds + 40)
+    for rank in range(2):
+        said = hosts.output(rank).read_text()
+        assert f"error: rank {rank}: another rank ended without a word" in said
+        assert f"engine.timeout_seconds={seconds}" in said and "the same command resumes" in said.lower()
+
+
+@pytest.mark.cluster
 def test_the_doctor_sees_two_hosts(hosts, image_folder):
     hosts.start("doctor.py", {})
     assert hosts.wait(120) == [0, 0]
