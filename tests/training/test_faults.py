@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from bench.fault_scenarios import SCENARIOS, SETTINGS, Bench, assert_same, listening
+from bench.soak import soak
 from sivae_fast import files
 from sivae_fast.checkpoint import CheckpointError, load_checkpoint, load_newest
 from sivae_fast.config import load_config, make_config
@@ -288,3 +289,9 @@ def test_ranks_listen_on_the_loopback_interface_but_for_the_store(bench):
     store = int(bench.ports["listens"])
     assert store in {port for _, port in first}
     assert {address for address, port in first | second if port != store} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_a_short_soak_ends_as_the_undisturbed_run(tmp_path):
+    found = soak(tmp_path, seconds=75, every=8, seed=1)
+    assert len(found["faults"]) >= 2 and found["images"] > 800
