@@ -101,10 +101,11 @@ class Bench:
         self.ports: dict[str, str] = {}  # of the meeting point of a run's last start
         self._whole: dict[tuple, Path] = {}
 
-    def start(self, name: str, ranks: int = 2, fault: dict | None = None, torchrun: str = "", each=None,
-              **settings) -> Launch:  # fmt: skip
+    def start(self, name: str, ranks: int = 2, fault: dict | None = None, torchrun: str = "", nodes: int = 1,
+              each=None, **settings) -> Launch:  # fmt: skip
         """Starts run `name`; torchrun: its options, else the ranks are plain processes.
 
+        nodes: with torchrun, how many of it share the ranks.
         each: (settings, environment) of its own for a rank, by rank. `settings`: a__b=c is a.b=c.
         """
         place = self.place(name)
@@ -112,11 +113,13 @@ class Bench:
         settings = {key.replace("__", "."): value for key, value in settings.items()}
         settings = {**SETTINGS, "data.path": self.images, "run.name": name, **settings}
         planted = {"FAULT": json.dumps({"events": str(place / "events.jsonl"), **fault}) if fault else ""}
-        if torchrun:
-            command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-            command = [sys.executable, *command, *torchrun.split(), str(PROGRAM), *_written(settings)]
-            return Launch([(command, planted)], place)
         port = self.ports[name] = str(_free_port())
+        if torchrun:
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks // nodes)]
+            meet = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{port} --rdzv_id {name}"
+            command += ["--standalone"] if nodes == 1 else meet.split()
+            command += [*torchrun.split(), str(PROGRAM), *_written(settings)]
+            return Launch([(command, planted)] * nodes, place)
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
         commands = []
         for rank in range(ranks):
@@ -210,19 +213,36 @@ def killed_rank_under_torchrun(bench: Bench) -> dict:
 
 
 @scenario
+def killed_rank_of_another_node(bench: Bench) -> dict:
+    fault = {"kind": "kill", "rank": 1, "images": 80}
+    bench.run("nodes", fault=fault, torchrun="--max-restarts 2", nodes=2)
+    bench.assert_as_undisturbed("nodes")
+    return bench.row("nodes", "the same with one `torchrun --nnodes 2 --max-restarts 2` for each rank",
+                     "both meet again and resume")  # fmt: skip
+
+
+@scenario
 def stalled_rank(bench: Bench) -> dict:
-    fault = {"kind": "stall", "rank": 1, "images": 80}
-    launch = bench.start("stalled", fault=fault, engine__timeout_seconds=8)
-    assert launch.processes[0].wait(120) == 1
-    assert "did not answer within engine.timeout_seconds=8" in launch.error(0)
-    launch.processes[1].send_signal(signal.SIGCONT)  # a link that comes back too late
-    assert launch.wait()[1] == 1
-    assert "rank 1: another rank ended" in launch.error(1)
-    bench.run("stalled", fault=fault, engine__timeout_seconds=8)
-    bench.assert_as_undisturbed("stalled")
-    return bench.row("stalled", "a rank stands still (SIGSTOP), with `engine.timeout_seconds=8`",
-                     "the others end after the timeout, the late rank as it returns; the same command "
-                     "resumes")  # fmt: skip
+    return _stalled(bench, 1, "a rank stands still (SIGSTOP), with `engine.timeout_seconds=8`")
+
+
+@scenario
+def stalled_first_rank(bench: Bench) -> dict:
+    return _stalled(bench, 0, "the same, but rank 0, in which the ranks' store lives")
+
+
+def _stalled(bench: Bench, rank: int, injected: str) -> dict:
+    name, fault = f"stalled-{rank}", {"kind": "stall", "rank": rank, "images": 80}
+    launch = bench.start(name, fault=fault, engine__timeout_seconds=8)
+    assert launch.processes[1 - rank].wait(120) == 1
+    assert "did not answer within engine.timeout_seconds=8" in launch.error(1 - rank)
+    launch.processes[rank].send_signal(signal.SIGCONT)  # a link that comes back too late
+    assert launch.wait()[rank] == 1
+    assert f"rank {rank}: another rank ended" in launch.error(rank)
+    bench.run(name, fault=fault, engine__timeout_seconds=8)
+    bench.assert_as_undisturbed(name)
+    return bench.row(name, injected, "the others end after the timeout, the late rank as it returns; the "
+                     "same command resumes")  # fmt: skip
 
 
 @scenario

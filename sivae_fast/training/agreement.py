@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -120,6 +123,31 @@ def check_parameters(model) -> None:
         )
 
 
+def fresh_store(store: dist.Store, rank: int, world: int, limit: float) -> dist.Store:
+    """A part of the store that this start of the ranks has for itself. RankFailed after `limit` seconds.
+
+    torchrun keeps one store for all restarts (pytorch issue 135712), in which ranks find the addresses of
+    those before them; the count of restarts that it hands out is each node's own. So rank 0 makes a new name,
+    and tells it to every rank that has asked under a name of its own, until all have acknowledged.
+    """
+    name, end = uuid.uuid4().hex, time.monotonic() + limit
+    if rank:
+        store.set(f"sivae_fast/asks/{rank}", name)
+        name = store.get(f"sivae_fast/tells/{name}").decode()
+        store.set(f"sivae_fast/knows/{name}/{rank}", "")
+    waiting = set(range(1, world)) if rank == 0 else set()
+    while waiting:
+        for other in list(waiting):
+            if store.check([f"sivae_fast/asks/{other}"]):
+                store.set(f"sivae_fast/tells/{store.get(f'sivae_fast/asks/{other}').decode()}", name)
+            if store.check([f"sivae_fast/knows/{name}/{other}"]):
+                waiting.remove(other)
+        if time.monotonic() > end:
+            raise RankFailed(f"ranks {sorted(waiting)} did not start within {limit:.0f} s")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+
 @contextlib.contextmanager
 def reasons_shared(rank: int, timeout: int) -> Iterator[None]:
     """Turns the loss of a peer into RankFailed with that peer's own reason, where it could leave one."""
@@ -127,16 +155,14 @@ def reasons_shared(rank: int, timeout: int) -> Iterator[None]:
         yield
     except Exception as error:
         if not _is_loss(error):
-            with contextlib.suppress(Exception):
-                _store().set(_WORD, f"rank {rank} failed: {error}")
+            text = f"rank {rank} failed: {error}"
+            _briefly(lambda store: store.set(_WORD, text))
             raise
-        reason = (
+        word = _briefly(lambda store: store.check([_WORD]) and store.get(_WORD).decode())
+        reason = word or (
             "another rank ended without a word (killed, out of memory, or its machine is gone) or did not "
             f"answer within engine.timeout_seconds={timeout}"
         )
-        with contextlib.suppress(Exception):  # the store is gone with rank 0 where no launcher keeps it
-            if _store().check([_WORD]):
-                reason = _store().get(_WORD).decode()
         detail = str(error).splitlines()[0]
         raise RankFailed(f"{reason}. The same command resumes from the last checkpoint ({detail})") from error
 
@@ -146,8 +172,18 @@ def _is_loss(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
-def _store():
-    return dist.distributed_c10d._get_default_store()
+def _briefly(ask: Callable[[dist.Store], Made], seconds: float = 5.0) -> Made | None:
+    """ask(the store of the ranks), or None: where rank 0 holds the store, it may be gone or stand still."""
+    answers = []
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            answers.append(ask(dist.distributed_c10d._get_default_store()))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
 
 
 def _gather(value) -> list:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sivae_fast.contract import Model
-from sivae_fast.training.agreement import reasons_shared
+from sivae_fast.training.agreement import fresh_store, reasons_shared
 from sivae_fast.training.optim import parameter_groups
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
@@ -236,7 +236,7 @@ def distributed(kind: str, timeout: int) -> Iterator[tuple[int, int, torch.devic
             if world > 1 or kind == "deepspeed":
                 os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
                 backend = "nccl" if device.type == "cuda" else "gloo"
-                store = _meeting_point(limit) if world > 1 else dist.HashStore()
+                store = _meeting_point(rank, world, limit) if world > 1 else dist.HashStore()
                 dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
             yield rank, world, device
     finally:
@@ -244,12 +244,12 @@ def distributed(kind: str, timeout: int) -> Iterator[tuple[int, int, torch.devic
             dist.destroy_process_group()
 
 
-def _meeting_point(limit: timedelta) -> dist.Store:
-    """The launcher's store, where the ranks find each other; a new one for each restart by torchrun."""
+def _meeting_point(rank: int, world: int, limit: timedelta) -> dist.Store:
+    """The store in which the ranks find each other: that of torchrun, or else one that rank 0 holds."""
     store, *_ = next(dist.rendezvous("env://", timeout=limit))
-    # torchrun keeps one store for all its restarts (pytorch issue 135712): without a prefix, ranks find the
-    # addresses of those before them.
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    return fresh_store(store, rank, world, limit.total_seconds())
 
 
 def deepspeed_missing() -> str | None:
