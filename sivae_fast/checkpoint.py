@@ -37,6 +37,7 @@ class CheckpointError(RuntimeError):
 def save_checkpoint(folder: Path, images: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
     """Writes the checkpoint after `images` images, then removes all but the newest `keep`.
 
+    The newest with `planned` in its state stays too: it is the one to go back to when training diverges.
     Raises OSError where it cannot be written; older checkpoints are then untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,9 @@ def save_checkpoint(folder: Path, images: int, tensors: dict[str, Tensor], state
     digest = _save_tensors(path, tensors, {"format": FORMAT})
     state = {"format": FORMAT, "images": images, "sha256": digest, **state}
     write_text(path.with_suffix(".json"), json.dumps(state, indent=1))
-    for old in _complete(folder)[keep:]:
+    complete = _complete(folder)
+    planned = next((path for path in complete if _is_planned(path)), None)
+    for old in set(complete[keep:]) - {planned}:
         old.with_suffix(".json").unlink(missing_ok=True)
         old.unlink(missing_ok=True)
     return path
@@ -190,6 +193,13 @@ def _of_snapshot(path: Path) -> tuple[dict[str, Tensor], Config, int, dict[str, 
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints whose JSON was written, newest first."""
     return sorted((p.with_suffix(".safetensors") for p in folder.glob("*.json")), reverse=True)
+
+
+def _is_planned(path: Path) -> bool:
+    try:
+        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("planned", False)
+    except (OSError, ValueError):
+        return False
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

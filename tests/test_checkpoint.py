@@ -40,6 +40,14 @@ def test_newest_are_kept_and_read_back(tmp_path):
     assert torch.equal(found["model/a"], torch.full((3, 2), 40.0))
 
 
+def test_the_newest_planned_one_outlives_those_of_signals(tmp_path):
+    for images, planned in ((10, True), (20, True), (30, False), (40, False), (50, False)):
+        save_checkpoint(tmp_path, images, tensors(images), {"planned": planned}, keep=2)
+    assert sorted(int(path.stem) for path in tmp_path.glob("*.json")) == [20, 40, 50]
+    assert load_newest(tmp_path)[1]["images"] == 50
+    assert load_newest(tmp_path, planned=True)[1]["images"] == 20
+
+
 def kill_before_the_json(path):
     path.with_suffix(".json").unlink()
 

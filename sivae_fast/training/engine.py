@@ -10,6 +10,7 @@ option for them.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -234,6 +235,7 @@ def distributed(kind: str, timeout: int) -> Iterator[tuple[int, int, torch.devic
     try:
         with reasons_shared(rank, timeout):
             if world > 1 or kind == "deepspeed":
+                _listen_here_only(world)
                 os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
                 backend = "nccl" if device.type == "cuda" else "gloo"
                 store = _meeting_point(rank, world, limit) if world > 1 else dist.HashStore()
@@ -242,6 +244,15 @@ def distributed(kind: str, timeout: int) -> Iterator[tuple[int, int, torch.devic
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _listen_here_only(world: int) -> None:
+    """Where all ranks are on this machine, gloo uses its loopback interface, unless told otherwise."""
+    here = world == int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if here or os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
+        for _, name in socket.if_nameindex():
+            if name in ("lo", "lo0"):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _meeting_point(rank: int, world: int, limit: timedelta) -> dist.Store:

@@ -75,10 +75,11 @@ def restore(trainer, planned: bool = False) -> bool:
 def go_back(trainer, error: Diverged) -> None:
     """Back to the last planned checkpoint, leaving out the images seen since. Collective.
 
-    Raises `error` where there is none, or where `guard.rollbacks` returns to it did not help.
+    Where all checkpoints are of signals, back to the newest of those. Raises `error` where there is none, or
+    where `guard.rollbacks` returns to it did not help.
     """
     reached, end = trainer.images, trainer.position
-    if not trainer.guard.may_return() or not restore(trainer, planned=True):
+    if not trainer.guard.may_return() or not (restore(trainer, planned=True) or restore(trainer)):
         raise error
     trainer.guard.skipped = end - trainer.images
     trainer.step_seconds = trainer.data_seconds = 0.0

@@ -26,6 +26,7 @@ from sivae_fast.data.held import Held
 from sivae_fast.files import append_line, read_lines
 from sivae_fast.training import agreement
 from sivae_fast.training.agreement import RankFailed, RanksDiffer
+from sivae_fast.training.engine import distributed
 from sivae_fast.training.guard import Diverged, Guard
 from sivae_fast.training.loop import Trainer, train
 from tests.training.conftest import ROOT
@@ -103,6 +104,13 @@ def test_as_many_rollbacks_as_allowed_then_advice(training, spoilt):
         training("one", guard__rollbacks=1, run__checkpoint=64)
     folder = training("two", guard__rollbacks=2, run__checkpoint=64)
     assert load_newest(folder / "checkpoints")[1]["images"] == 160
+
+
+def test_rollback_takes_the_checkpoint_of_a_stop_where_there_is_no_other(training, spoilt, caplog):
+    spoilt(48, float("nan"))
+    training("stopped", train__images=32, run__checkpoint=1000)
+    training("stopped", run__checkpoint=1000, guard__rollbacks=1)
+    assert "Went back from 64 to 32 images" in caplog.text
 
 
 def test_divergence_before_any_checkpoint_stops(training, spoilt):
@@ -272,6 +280,7 @@ def test_a_pickle_in_place_of_the_tensors_is_refused(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.slow
 def test_ranks_listen_on_the_loopback_interface_but_for_the_store(bench):
     """PyTorch's TCPStore, in rank 0 or in the launcher, binds every interface and has no option for it."""
     forever = {"kind": "kill", "rank": 1, "images": 10**9}
@@ -295,3 +304,13 @@ def test_ranks_listen_on_the_loopback_interface_but_for_the_store(bench):
 def test_a_short_soak_ends_as_the_undisturbed_run(tmp_path):
     found = soak(tmp_path, seconds=75, every=8, seed=1)
     assert len(found["faults"]) >= 2 and found["images"] > 800
+
+
+def test_on_one_machine_gloo_uses_the_loopback_interface(monkeypatch):
+    for name in ("GLOO_SOCKET_IFNAME", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with distributed("deepspeed", 10):
+        assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+        assert {address for address, _ in listening(os.getpid())} <= {"127.0.0.1"}
