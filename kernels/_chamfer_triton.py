@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chamfer import reference, reference_pull
+from ._launch import on_device
 
 ROWS, COLUMNS, WARPS = 64, 32, 4  # about 128 registers for the search on Hopper, no spills
 
@@ -129,15 +129,13 @@ def pull_kernel(
 
 
 def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator `sivae::chamfer`: (sums [B, 2] fp32, index_x [B, N] int32, index_y [B, M] int32)."""
-    if x.dtype == torch.float64:
-        return reference(x, y)
+    """The operator `sivae_fast::chamfer`: (sums [B, 2] fp32, index_x [B, N] int32, index_y [B, M] int32)."""
     (batch, n, _), m = x.shape, y.shape[1]
     tiles_x, tiles_y = triton.cdiv(n, ROWS), triton.cdiv(m, ROWS)
     index_x, index_y = (torch.empty(batch, c, dtype=torch.int32, device=x.device) for c in (n, m))
     partial = torch.empty(batch, tiles_x + tiles_y, dtype=torch.float32, device=x.device)
     if batch:
-        with torch.cuda.device_of(x):
+        with on_device(x):
             nearest_kernel[tiles_x + tiles_y, batch](
                 x, y, index_x, index_y, partial, n, m, tiles_x, *x.stride(), *y.stride(),
                 ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
@@ -146,13 +144,11 @@ def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pull(toward: Tensor, back: Tensor, x: Tensor, y: Tensor, index_x: Tensor, index_y: Tensor) -> Tensor:
-    """The operator `sivae::chamfer_pull`: the gradient at x [B, N, 3], in the dtype of x."""
-    if x.dtype == torch.float64:
-        return reference_pull(toward, back, x, y, index_x, index_y)
+    """The operator `sivae_fast::chamfer_pull`: the gradient at x [B, N, 3], in the dtype of x."""
     (batch, n, _), m = x.shape, y.shape[1]
     gradient = torch.empty(batch, n, 3, dtype=x.dtype, device=x.device)
     if batch:
-        with torch.cuda.device_of(x):
+        with on_device(x):
             pull_kernel[triton.cdiv(n, ROWS), batch](
                 toward, back, x, y, index_x, index_y, gradient, n, m,
                 toward.stride(0), back.stride(0), *x.stride(), *y.stride(),

@@ -2,13 +2,15 @@
 
 Neighbours are searched tile by tile on coordinate differences (never the expanded square, which can go
 negative), so memory is O(N + M); their indices are kept and make the backward pass a gather.
-CPU tensors take the PyTorch definition in this file, CUDA and HIP tensors the kernels of `_chamfer_triton`.
+On a GPU the kernels of `_chamfer_triton` run, elsewhere, for fp64 and without Triton the definition below.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ._launch import runs_triton
 
 _TILE = 1 << 17  # distances in flight on the CPU: 512 KiB in fp32, what a core's second-level cache holds
 _GROUP = 32
@@ -111,28 +113,23 @@ def reference_pull(
     return gradient.scatter_add_(1, to_y, back * (p.gather(1, to_y) - q)).to(x.dtype)
 
 
-# The operators. Opaque to the compiler: one kernel for a kind of device, chosen by the tensors.
+# The operators, opaque to the compiler; the tensors choose what runs.
 
 
-@torch.library.custom_op("sivae::chamfer", mutates_args=())
+@torch.library.custom_op("sivae_fast::chamfer", mutates_args=())
 def _chamfer(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return reference(x, y)
-
-
-@torch.library.custom_op("sivae::chamfer_pull", mutates_args=())
-def _pull(toward: Tensor, back: Tensor, x: Tensor, y: Tensor, index_x: Tensor, index_y: Tensor) -> Tensor:
-    return reference_pull(toward, back, x, y, index_x, index_y)
-
-
-@_chamfer.register_kernel("cuda")
-def _(x, y):
+    """(sums [B, 2] from x to y and from y to x, nearest indices [B, N] and [B, M] int32)."""
+    if not runs_triton((x, y)):
+        return reference(x, y)
     from . import _chamfer_triton
 
     return _chamfer_triton.forward(x, y)
 
 
-@_pull.register_kernel("cuda")
-def _(toward, back, x, y, index_x, index_y):
+@torch.library.custom_op("sivae_fast::chamfer_pull", mutates_args=())
+def _pull(toward: Tensor, back: Tensor, x: Tensor, y: Tensor, index_x: Tensor, index_y: Tensor) -> Tensor:
+    if not runs_triton((x, y)):
+        return reference_pull(toward, back, x, y, index_x, index_y)
     from . import _chamfer_triton
 
     return _chamfer_triton.pull(toward, back, x, y, index_x, index_y)

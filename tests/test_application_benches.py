@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -43,6 +44,17 @@ def test_translation(bench, monkeypatch, tmp_path):
     assert json.loads(Path("found/translation.json").read_text())["runs"]["vae"] == before
     with pytest.raises(FileNotFoundError, match=r"alexnet.*download"):
         module.main(["--lpips", "nowhere"])
+
+
+def test_lpips_where_its_weights_are_given(bench, monkeypatch):
+    module = bench("translation")
+    monkeypatch.setattr(
+        module, "load_lpips", lambda folder: lambda x, y: torch.full((len(x),), float(folder))
+    )
+    made, truth = torch.rand(2, 300, 3, 16, 16)
+    assert set(module.Errors(None)(made, truth)) == {"mse", "ssim"}
+    found = module.Errors(7)(made, truth)
+    assert found["lpips"] == 7 and found["mse"] == pytest.approx((made - truth).square().mean().item())
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def load_clouds(
             clouds.append(_checked(cloud, where, points, resample))
             labels.append(label)
     if not clouds:
-        raise ValueError(f"path={path}: no clouds in its {split} split")
+        raise ValueError(f"data.path={path}: no clouds in its {split} split")
     return Clouds(torch.from_numpy(np.stack(clouds)), torch.tensor(labels), names)
 
 

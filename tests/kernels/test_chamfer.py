@@ -82,7 +82,7 @@ def test_gradient_equals_autograd_of_brute_force():
 
 def test_operator_contract_and_compiler():
     x, y = (cloud.requires_grad_() for cloud in clouds(2, 9, 5))
-    torch.library.opcheck(torch.ops.sivae.chamfer.default, (x, y))
+    torch.library.opcheck(torch.ops.sivae_fast.chamfer.default, (x, y))
     eager = torch.autograd.grad(chamfer(x, y).mean(), (x, y))
     compiled = torch.compile(lambda a, b: chamfer(a, b).mean(), fullgraph=True, backend="aot_eager")
     for g, w in zip(torch.autograd.grad(compiled(x, y), (x, y)), eager, strict=True):

@@ -41,6 +41,22 @@ for n, m, dtype in ((1, 1, torch.float32), (7, 130, torch.float32), (200, 65, to
 x[0, 3, 1] = float("nan")
 sums = kernels.forward(x, y)[0]
 assert sums[0].sum().isnan() and sums[1].isfinite().all()
+
+# The operator sends tensors to the kernels, float64 to the definition.
+from sivae_fast.kernels import _launch
+from sivae_fast.kernels.chamfer import chamfer
+_launch.INTERPRET = True
+sent = []
+for name in ("forward", "pull"):
+    kernel = getattr(kernels, name)
+    setattr(kernels, name, lambda *a, kernel=kernel, name=name: (sent.append(name), kernel(*a))[1])
+for dtype, want in ((torch.float32, ["forward", "pull", "pull"]), (torch.float64, [])):
+    x, y = (torch.randn(2, n, 3, dtype=dtype).requires_grad_() for n in (5, 9))
+    squares = (x[:, :, None] - y[:, None]).square().sum(3)
+    exact = torch.autograd.grad((squares.amin(2).sum(1) + squares.amin(1).sum(1)).sum(), (x, y))
+    torch.testing.assert_close(torch.autograd.grad(chamfer(x, y).sum(), (x, y)), exact)
+    assert sent == want
+    sent.clear()
 """
 
 
