@@ -30,6 +30,7 @@ from sivae_fast.models.style import StyleModel
 from sivae_fast.models.style_names import our_name, swap_layout
 from sivae_fast.objectives import SoftIntroVAE
 from sivae_fast.training.averaging import Average
+from sivae_fast.training.compiling import compile_networks
 from sivae_fast.training.engine import make_engine
 from sivae_fast.training.memory import keep_freed_memory
 from sivae_fast.training.optim import make_optimizer, set_learning_rate
@@ -62,8 +63,7 @@ class Ours:
             set_learning_rate(engine.optimizer, learning_rate)
         self.average = Average(model, 10_000)
         if compile:
-            for network in [*model.encoder_modules(), *model.decoder_modules()]:
-                network.compile()
+            compile_networks(model)
 
     def __call__(self, x: torch.Tensor, draws: Draws) -> None:
         loss, shared = self.step.encoder_phase(x, draws)

@@ -169,6 +169,7 @@ class TrainConfig(Section):
     warmup_images: Annotated[int, Field(ge=0)] = Field(0, description="images trained as a plain VAE first")
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: bool = Field(False, description="style model: less memory, more time")
+    compile: bool = Field(False, description="style model: networks through torch.compile, level by level")
     schedule: Literal["minimal", "published"] = "minimal"
     fresh_draws: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
@@ -279,8 +280,13 @@ class Config(Section):
                 f"growth.images_per_level={self.growth.images_per_level} needs model.kind=style, "
                 f"model.kind={self.model.kind} has one size"
             )
-        if self.train.recompute and self.model.kind != "style":
-            raise ValueError(f"train.recompute=true needs model.kind=style, got model.kind={self.model.kind}")
+        for name in ("recompute", "compile"):
+            if getattr(self.train, name) and self.model.kind != "style":
+                raise ValueError(
+                    f"train.{name}=true needs model.kind=style, got model.kind={self.model.kind}"
+                )
+        if self.train.recompute and self.train.compile:
+            raise ValueError("train.recompute=true and train.compile=true exclude each other: choose one")
         if self.evaluate.every and self.model.kind not in ("style", "residual"):
             raise ValueError(
                 f"evaluate.every={self.evaluate.every} needs model.kind=style or residual, "
@@ -323,6 +329,7 @@ class Config(Section):
         kept["train"].pop("images")
         kept["train"].pop("micro_batch")
         kept["train"].pop("recompute")
+        kept["train"].pop("compile")
         for name in ("loader", "workers", "cache_gib"):
             kept["data"].pop(name, None)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

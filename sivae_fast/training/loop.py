@@ -16,6 +16,7 @@ from sivae_fast.growth import Schedule, Stage
 from sivae_fast.systems import error_function, make_data, make_model, make_objective, make_schedule
 from sivae_fast.training.agreement import check_same, data_facts, on_all_ranks, program_facts, run_facts
 from sivae_fast.training.averaging import Average
+from sivae_fast.training.compiling import compile_networks, forget_compiled
 from sivae_fast.training.engine import check_engine, deepspeed_missing, distributed, make_engine
 from sivae_fast.training.guard import Diverged, Guard
 from sivae_fast.training.memory import keep_freed_memory
@@ -99,6 +100,8 @@ class Trainer:
         self.average = Average(self.model, half_life) if half_life else None
         if config.train.recompute:
             recompute(self.model.recomputable_modules())
+        if config.train.compile:
+            compile_networks(self.model)
         self.meter, self.guard = Meter(device), Guard(config)
         self.images, self.lod, self.stage = 0, schedule.lod(0), schedule.at(0)
         self.step_seconds = self.data_seconds = 0.0
@@ -174,6 +177,8 @@ class Trainer:
             for engine in self.engines.values():
                 engine.clear_state()
             self.lod = stage.lod
+            if self.config.train.compile:
+                forget_compiled()
             self.guard.new_level()
             logger.info(
                 "level %d (%d pixels) from %s images on", stage.lod, 4 << stage.lod, f"{self.images:,}"
