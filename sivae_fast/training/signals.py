@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import signal
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 EVERY = 4  # iterations between looks at the other ranks
+TOGETHER = (
+    2.0  # seconds: on Ctrl-C a launcher adds its SIGTERM to the terminal's SIGINT, which is one request
+)
 
 
 class Stopper:
     """`asked` is true, on all ranks at the same iteration, once any rank received SIGTERM or SIGINT.
 
-    A second signal ends the process at once.
+    A second signal, two seconds later or more, ends the process at once.
     """
 
     def __init__(self, world: int, timeout: int):
         self._world = world
-        self._received = False
+        self._received, self._since = False, 0.0
         self._before = {}
         # On the CPU, so that asking never waits for the GPU.
         limit = timedelta(seconds=timeout)
@@ -45,7 +49,8 @@ class Stopper:
         return bool(flag.item())
 
     def _receive(self, number, frame) -> None:
-        if self._received:
+        if not self._received:
+            self._received, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > TOGETHER:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
-        self._received = True
