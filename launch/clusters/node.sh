@@ -15,8 +15,8 @@ set -euo pipefail
 : "${1:?no program: launch/doctor.py or launch/train.py, then its arguments}"
 here=$(dirname "$(readlink -f "$0")")
 
-# A session of its own: Ctrl-C would reach every process at once, and again through the launcher, and a second
-# signal ends training without saving. The runner passes no signal on, so its launcher is told directly.
+# A session of its own: Ctrl-C would reach every process at once, and again through the launcher, and a later
+# second signal ends training without saving. The runner passes no signal on, so its launcher is told directly.
 setsid deepspeed --hostfile "${HOSTFILE:-$here/hostfile}" --no_ssh --save_pid \
   --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" "$@" &
 runner=$!
