@@ -150,8 +150,8 @@ def _unpickle(data: bytes, name: str) -> dict:
 def _svhn(files: Folder, by_name: dict[str, str], split: str | None) -> Pixels:
     try:
         from scipy.io import loadmat
-    except ImportError:
-        raise ValueError("reading .mat files (SVHN) needs scipy: `pip install scipy`") from None
+    except ImportError as error:
+        raise ImportError("reading .mat files (SVHN) needs scipy: pip install 'sivae-fast[eval]'") from error
     available = [s for s in ("train", "test", "extra") if f"{s}_32x32.mat" in by_name]
     split = chosen(split, available, f"SVHN in {files.path}")
     name = f"{split}_32x32.mat"
