@@ -233,9 +233,9 @@ class Trainer:
         self.guard.check_finite(values, self.lod, self.images)
         return values
 
-    def checkpoint(self) -> tuple[dict[str, Tensor], dict]:
+    def checkpoint(self, planned: bool) -> tuple[dict[str, Tensor], dict]:
         """What a resumed run needs, on every rank; a collective call."""
-        return state_of(self)
+        return state_of(self, planned)
 
 
 def check_batches(config: Config, schedule: Schedule, world: int) -> None:

@@ -179,8 +179,7 @@ class Recorder:
     def _save_checkpoint(self, planned: bool) -> None:
         trainer = self._trainer
         trainer.read_meter()  # never saves weights that have diverged
-        tensors, state = trainer.checkpoint()
-        state["planned"] = planned
+        tensors, state = trainer.checkpoint(planned)
         if planned:
             trainer.guard.saved()
         if self._run is None:

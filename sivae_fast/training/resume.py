@@ -15,13 +15,16 @@ from sivae_fast.training.guard import Diverged
 logger = logging.getLogger("sivae_fast")
 
 
-def state_of(trainer) -> tuple[dict[str, Tensor], dict]:
+def state_of(trainer, planned: bool) -> tuple[dict[str, Tensor], dict]:
     """(tensors, state) of a checkpoint. Collective; every rank gets the same.
 
+    planned: it is written at its interval. One that is not also has each rank's own buffers from before they
+    are averaged, so that where a run was stopped leaves no trace, not even of rounding.
     Raises RanksDiffer where the ranks' parameters are not equal bit for bit.
     """
     check_parameters(trainer.model)
-    tensors = {f"model/{name}": value for name, value in _rank_means(trainer.model).items()}
+    tensors = {} if planned else _of_each_rank(trainer.model)
+    tensors |= {f"model/{name}": value for name, value in _rank_means(trainer.model).items()}
     if trainer.average:
         tensors |= {f"average/{name}": value for name, value in trainer.average.state().items()}
     steps = {}
@@ -37,6 +40,8 @@ def state_of(trainer) -> tuple[dict[str, Tensor], dict]:
         "marks": trainer.recorder.marks,
         "guard": trainer.guard.state(),
         "facts": trainer.facts,
+        "planned": planned,
+        "ranks": trainer.world,
     }
     return tensors, state
 
@@ -51,7 +56,8 @@ def restore(trainer, planned: bool = False) -> bool:
     if found is None:
         return False
     tensors, state = found
-    load_weights(trainer.model, part(tensors, "model"), "the checkpoint")
+    own = part(tensors, f"rank{trainer.rank}") if state.get("ranks") == trainer.world else {}
+    load_weights(trainer.model, part(tensors, "model") | own, "the checkpoint")
     for side, engine in trainer.engines.items():
         engine.parameters_changed()
         moments = {key: part(tensors, f"{side}/{key}") for key in ("exp_avg", "exp_avg_sq")}
@@ -90,6 +96,19 @@ def go_back(trainer, error: Diverged) -> None:
         f"{trainer.images:,}",
     )
     trainer.recorder.start()
+
+
+def _of_each_rank(model) -> dict[str, Tensor]:
+    """The floating-point buffers as `rank{r}/{name}`; {} with one rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return {}
+    found, kept = {}, model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in kept and buffer.is_floating_point():
+            values = [torch.empty_like(buffer) for _ in range(dist.get_world_size())]
+            dist.all_gather(values, buffer.contiguous())
+            found |= {f"rank{rank}/{name}": value for rank, value in enumerate(values)}
+    return found
 
 
 def _rank_means(model) -> dict[str, Tensor]:
