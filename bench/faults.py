@@ -32,10 +32,11 @@ def measure(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for name in names:
-            rows[name] = SCENARIOS[name](bench)
+            where = machine("cpu")
+            rows[name] = {**SCENARIOS[name](bench), "commit": where.pop("commit")}
             print(name, json.dumps(rows[name]), flush=True)
             ordered = {name: rows[name] for name in SCENARIOS if name in rows}
-            found = {"command": "python bench/faults.py", **machine("cpu"), "rows": ordered}
+            found = {"command": "python bench/faults.py", **where, "rows": ordered}
             write_text(RESULTS, json.dumps(found, indent=1) + "\n")
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -314,3 +315,9 @@ def test_on_one_machine_gloo_uses_the_loopback_interface(monkeypatch):
     with distributed("deepspeed", 10):
         assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
         assert {address for address, _ in listening(os.getpid())} <= {"127.0.0.1"}
+
+
+def test_the_table_of_the_page_is_that_of_the_results():
+    command = [sys.executable, str(ROOT / "bench" / "faults.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
