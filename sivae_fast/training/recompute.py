@@ -23,20 +23,20 @@ def recompute(modules: Iterable[nn.Module]) -> None:
 def _recomputed(module: nn.Module, forward: Callable, *inputs):
     if not torch.is_grad_enabled():
         return forward(*inputs)
-    trained = [parameter.requires_grad for parameter in module.parameters()]
+    parameters = [*module.parameters(), *(value for value in inputs if isinstance(value, nn.Parameter))]
+    trained = [parameter.requires_grad for parameter in parameters]
 
     def again(*inputs):
         # By the time of the backward pass the step has thawed or frozen the network: what autograd saves, and
         # how often, depends on that.
-        with _trained_as(module, trained):
+        with _trained_as(parameters, trained):
             return forward(*inputs)
 
     return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager
-def _trained_as(module: nn.Module, trained: list[bool]) -> Iterator[None]:
-    parameters = list(module.parameters())
+def _trained_as(parameters: list[nn.Parameter], trained: list[bool]) -> Iterator[None]:
     now = [parameter.requires_grad for parameter in parameters]
     for parameter, flag in zip(parameters, trained, strict=True):
         parameter.requires_grad_(flag)

@@ -1,0 +1,132 @@
+"""Peak memory of a style iteration over the batch: the plain trainer and the project's ways.
+
+    python bench/memory.py [--resolution 64] [--batches 2 4 8]
+
+Writes memory-<device>.json and .png under bench/results. A number is what one iteration adds at its peak to a
+process that holds networks, optimizer states and inputs; each is measured in a process of its own. On a CPU
+it is resident memory (Linux), on a GPU what PyTorch allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measure import machine
+from plain_style import PlainStyle
+from plain_trainer import PlainTrainer
+from step import WEIGHTS, Iteration, Ours
+
+from sivae_fast.draws import Draws, Rows
+from sivae_fast.files import write_text
+from sivae_fast.models.style import StyleModel
+from sivae_fast.training.recompute import recompute
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def plain(model: StyleModel) -> Iteration:
+    where = next(model.parameters()).device
+    return PlainTrainer(PlainStyle(model).to(where), **WEIGHTS, learning_rate=2e-5)
+
+
+def recomputing(model: StyleModel) -> Iteration:
+    made = Ours(model)
+    recompute(model.recomputable_modules())
+    return made
+
+
+PROVIDERS: dict[str, Callable[[StyleModel], Iteration]] = {
+    "plain": plain,
+    "minimal": Ours,
+    "minimal, decoding twice": functools.partial(Ours, share_forward=False),
+    "minimal, recomputing": recomputing,
+}
+
+
+def added(run: Callable[[], None], device: torch.device) -> float:
+    """MiB that a call adds at its peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+    before = peak_resident()
+    run()
+    return peak_resident() - before
+
+
+def peak_resident() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
+
+
+def measure(provider: str, resolution: int, batch: int) -> float:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    iteration = PROVIDERS[provider](StyleModel(resolution).to(device))
+    draws = lambda i, count: Draws(0, i, Rows.all(count), device)
+    small = torch.randn(1, 3, resolution, resolution, device=device)
+    iteration(small, draws(0, 1))  # optimizer states, workspaces
+    x = torch.randn(batch, 3, resolution, resolution, device=device)
+    return added(lambda: iteration(x, draws(1, batch)), device)
+
+
+def draw(rows: list[dict], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for name in PROVIDERS:
+        line = [(row["batch"], row["mib"]) for row in rows if row["provider"] == name]
+        axis.plot(*zip(*line, strict=True), marker="o", label=name)
+    axis.set(xlabel="batch", ylabel="MiB at the peak of an iteration", title=title, ylim=(0, None))
+    axis.set_xticks(sorted({row["batch"] for row in rows}))
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--one", nargs=2, metavar=("PROVIDER", "BATCH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(measure(options.one[0], options.resolution, int(options.one[1])))
+        return
+    rows = []
+    for provider in PROVIDERS:
+        for batch in options.batches:
+            command = [sys.executable, __file__, "--resolution", str(options.resolution)]
+            done = subprocess.run(
+                [*command, "--one", provider, str(batch)], check=True, capture_output=True, text=True
+            )
+            rows.append({"provider": provider, "batch": batch, "mib": round(float(done.stdout), 1)})
+            print(rows[-1], flush=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    known = {
+        "command": f"python bench/memory.py --resolution {options.resolution}",
+        **machine(device),
+        "resolution": options.resolution,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(options.out / f"memory-{device}.json", json.dumps({**known, "rows": rows}, indent=1) + "\n")
+    title = f"{options.resolution}x{options.resolution}, {known['device']}"
+    draw(rows, options.out / f"memory-{device}.png", title)
+
+
+if __name__ == "__main__":
+    main()
