@@ -24,5 +24,6 @@ run step python3 bench/step.py --resolution "${RESOLUTION:-256}" --batches ${BAT
   --out "$out/step-$device.json"
 run profile python3 bench/step_profile.py --config launch/configs/ffhq256.yaml --out "$out" \
   data.path=quickstart data.loader=torch train.precision=bf16 model.resolution="${RESOLUTION:-256}"
+run memory python3 bench/memory.py --resolution "${RESOLUTION:-256}" --batches 4 8 16 --out "$out"
 run chamfer python3 bench/chamfer.py --batch 32 --out "$out"
 exit $failed

@@ -36,6 +36,16 @@ def _step(found: dict) -> str:
     return f"{', '.join(others)} ({1e3 * best[ours]:.0f} ms an image, {found['device']})"
 
 
+def _memory(found: dict) -> str:
+    batch = max(row["batch"] for row in found["rows"])
+    mib = {row["provider"]: row["mib"] for row in found["rows"] if row["batch"] == batch}
+    return (
+        f"**{mib['minimal'] / mib['plain']:.2f}** of the plain published trainer's, "
+        f"**{mib['minimal, recomputing'] / mib['plain']:.2f}** with `train.recompute` "
+        f"({mib['plain']:.0f} MiB at batch {batch}, {found['device']})"
+    )
+
+
 def _loader(found: dict, kind: str) -> str:
     rows = found["rows"]
     ours, theirs = (
@@ -89,6 +99,8 @@ def _chamfer(found: dict) -> str:
 ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("style iteration at 64x64, CPU", "step-cpu.json", _step),
     ("style iteration at 256x256, GPU", "step-cuda.json", _step),
+    ("peak memory of a style iteration at 64x64, CPU", "memory-cpu.json", _memory),
+    ("peak memory of a style iteration at 256x256, GPU", "memory-cuda.json", _memory),
     ("loader, stored PNG: DALI against PyTorch's", "loader-cpu.json", lambda f: _loader(f, "png")),
     ("loader, JPEG: DALI against PyTorch's", "loader-cpu.json", lambda f: _loader(f, "jpeg")),
     ("encoder phase of the loss, both passes, CPU", "losses-cpu.json", _losses),
