@@ -33,7 +33,7 @@ CONFIG = ROOT / "launch" / "configs" / "translation_small.yaml"
 
 #: Images are chosen so that every run takes about the same processor time.
 RUNS = {
-    "vae": ["objective.kind=vae", "train.images=40000", "run.name=translation_vae"],
+    "vae": ["objective.kind=vae", "train.images=49600", "run.name=translation_vae"],
     "soft_introvae": [],
 }
 
