@@ -107,7 +107,7 @@ def estimate(sample, reference: Tensor) -> dict[str, float]:
 
 
 def between_halves(clouds: Tensor, times: int = 10) -> dict[str, float]:
-    """JSD of one random half of the clouds to the other: no model can be told from the data below this."""
+    """JSD of one random half of the clouds to the other: what chance alone makes at that size."""
     values = []
     for seed in range(times):
         first, second = rows(clouds, len(clouds), seed).chunk(2)
