@@ -12,7 +12,9 @@ from sivae_fast.training.signals import Stopper
 def now(monkeypatch):
     clock = {"now": 100.0}
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock["now"])
-    return clock
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    yield clock
+    signal.signal(signal.SIGINT, before)
 
 
 def test_the_terminal_and_the_launcher_together_are_one_request(now):
