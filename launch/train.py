@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from sivae_fast.checkpoint import CheckpointError
-from sivae_fast.config import ConfigError, load_config
-from sivae_fast.run import RunInUse
+from sivae_fast.config import Config, ConfigError, load_config
+from sivae_fast.run import Run, RunInUse, read_stats
 from sivae_fast.training.agreement import RankFailed, RanksDiffer
 from sivae_fast.training.guard import Diverged
 from sivae_fast.training.loop import train
@@ -23,6 +23,7 @@ EXPECTED = (
     CheckpointError, ConfigError, Diverged, ImportError, OSError,
     RankFailed, RanksDiffer, RunInUse, ValueError,
 )  # fmt: skip
+UNFINISHED = 75  # of sysexits.h: try again later
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
@@ -30,6 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", default=str(QUICKSTART), help="YAML file (default: the quickstart)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--finished",
+        action="store_true",
+        help=f"train nothing; exit code 0 where the run has seen train.images, else {UNFINISHED}",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.batch=64")
     options = parser.parse_intermixed_args(arguments)
@@ -38,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
             print(config.to_yaml(), end="")
+        elif options.finished:
+            return 0 if finished(config) else UNFINISHED
         else:
             train(config)
     except EXPECTED as error:
@@ -45,6 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {rank}{error}", file=sys.stderr)
         return 1
     return 0
+
+
+def finished(config: Config) -> bool:
+    """Whether the newest run of this configuration has seen all its images."""
+    folder = Run.find(config.run.folder, config.run.name, config.identity())
+    ticks = read_stats(folder) if folder else []
+    return bool(ticks) and ticks[-1]["images"] >= config.train.images
 
 
 if __name__ == "__main__":

@@ -124,24 +124,46 @@ def test_slurm_script_reports_a_failure_and_stays_out_of_the_queue(stubs, tmp_pa
     assert not (tmp_path / "requeued").exists()
 
 
+POD = {"NODES": "2", "NODE_RANK": "1", "PROCESSES": "8", "MASTER_ADDR": "node-0"}
+
+
+def test_pod_script_fits_torchrun(stubs, tmp_path):
+    stubs("torchrun", recording(tmp_path / "arguments"))
+    stubs("python3", recording(tmp_path / "asked"))
+    assert run_script("pod.sh", stubs, "launch/train.py", "a=1", **POD).returncode == 0
+    options = torchrun_options(json.loads((tmp_path / "arguments").read_text()))
+    assert (options.nnodes, options.node_rank, options.nproc_per_node) == ("2", 1, "8")
+    assert (options.master_addr, options.master_port) == ("node-0", 29500)
+    assert (options.training_script, options.training_script_args) == ("launch/train.py", ["a=1"])
+    assert json.loads((tmp_path / "asked").read_text()) == ["launch/train.py", "a=1", "--finished"]
+
+
+def test_pod_script_hands_a_failure_on(stubs, tmp_path):
+    stubs("torchrun", "exit 3")
+    stubs("python3", recording(tmp_path / "asked"))
+    assert run_script("pod.sh", stubs, "launch/train.py", **POD).returncode == 3
+    assert not (tmp_path / "asked").exists()
+
+
 def test_kubernetes_job_is_consistent():
     service, job = yaml.safe_load_all((CLUSTERS / "kubernetes.yaml").read_text())
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     name = job["metadata"]["name"]
-    command = [part.replace("$(JOB_COMPLETION_INDEX)", "1") for part in container["command"]]
-    assert command[0] == "torchrun"
-    options = torchrun_options(command[1:])
-    assert options.node_rank == 1
-    assert spec["completions"] == spec["parallelism"] == int(options.nnodes)
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(options.nproc_per_node)
+    script, program, config_flag, *overrides = container["command"]
+    assert (ROOT / script) == CLUSTERS / "pod.sh" and program == "launch/train.py"
+    values = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert spec["completions"] == spec["parallelism"] == int(values["NODES"])
+    assert values["NODE_RANK"] == "$(JOB_COMPLETION_INDEX)"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(values["PROCESSES"])
     assert service["spec"]["selector"] == {"job-name": name} and service["spec"]["clusterIP"] == "None"
-    assert options.master_addr == f"{name}-0.{service['metadata']['name']}"
+    assert values["MASTER_ADDR"] == f"{name}-0.{service['metadata']['name']}"
     assert pod["subdomain"] == service["metadata"]["name"]
-    assert service["spec"]["ports"][0]["port"] == options.master_port
+    assert service["spec"]["ports"][0]["port"] == 29500  # what pod.sh takes by itself
+    (codes,) = (r["onExitCodes"]["values"] for r in spec["podFailurePolicy"]["rules"] if "onExitCodes" in r)
+    assert codes == [75]
     (grace,) = (int(v["value"]) for v in container["env"] if v["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     assert pod["terminationGracePeriodSeconds"] > grace
-    config_flag, *overrides = options.training_script_args
     config = load_config(ROOT / config_flag.removeprefix("--config="), overrides)
     (claim,) = (m["mountPath"] for m in container["volumeMounts"] if m["name"] == "shared")
     assert config.run.folder.startswith(claim) and config.data.path.startswith(claim)
@@ -200,3 +222,20 @@ def test_node_script_saves_at_a_signal(stubs, tmp_path, image_folder, number):
     process.wait(timeout=60)
     assert saved(tmp_path), (tmp_path / "output").read_text()
     assert "stopped at" in (tmp_path / "output").read_text()
+
+
+def test_a_pod_that_stops_because_another_was_evicted_is_not_complete(stubs, tmp_path, image_folder):
+    one_node = {**POD, "NODES": "1", "NODE_RANK": "0", "PROCESSES": "2", "MASTER_ADDR": "127.0.0.1"}
+    process = start("pod.sh", stubs, tmp_path, image_folder, **one_node, MASTER_PORT="29518")
+    (runner,) = children(process.pid)
+    os.kill(children(runner)[0], signal.SIGTERM)  # as it reaches a rank of another node
+    assert process.wait(timeout=60) == 75, (tmp_path / "output").read_text()
+    assert saved(tmp_path)
+    ask = [sys.executable, ROOT / "launch" / "train.py", *settings(image_folder), "--finished"]
+    assert subprocess.run(ask, cwd=tmp_path).returncode == 75
+    assert subprocess.run([*ask, "train.images=160"], cwd=tmp_path).returncode == 0
+    assert subprocess.run([*ask, "run.name=other"], cwd=tmp_path).returncode == 75
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
