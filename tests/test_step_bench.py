@@ -20,7 +20,7 @@ def step(monkeypatch):
 
 
 def test_all_providers_compute_the_published_update(step):
-    assert step.largest_difference() < 1e-7
+    assert step.largest_difference() < 1e-10
 
 
 def test_a_different_update_is_noticed_and_not_timed(step, monkeypatch):
