@@ -95,7 +95,7 @@ def channels_last(images: Sequence[Tensor]) -> bool:
 def image_rows(images: Sequence[Tensor]) -> list[Tensor]:
     """Images [B, ...] as [B, N], all in one order of elements; copied only where their layouts differ."""
     if all(image.is_contiguous() for image in images):
-        return [image.view(image.shape[0], -1) for image in images]
+        return [image if image.dim() == 2 else image.view(image.shape[0], -1) for image in images]
     if channels_last(images):
         images = [image.movedim(1, -1) for image in images]
     return [rows(image) for image in images]

@@ -51,7 +51,7 @@ class FusedOperator:
         kind: str = "",
     ) -> Sequence[Tensor]:
         settings = (plan, numbers, kind)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return self.operator(tensors, constants, *settings)
         return _Eager.apply(self, settings, len(constants), *constants, *tensors)
 
@@ -84,7 +84,7 @@ class FusedOperator:
         return self.gradients(ctx, upstream, needs), [None] * len(constants), None, None, None
 
 
-class _Eager(torch.autograd.Function):
+class _Eager(torch.autograd.function._SingleLevelFunction):
     """The operators outside torch.compile, without what autograd and dispatch over lists of tensors cost.
 
     For small batches on the CPU that is more than the arithmetic.
@@ -106,6 +106,7 @@ class _Eager(torch.autograd.Function):
         return *[None] * skipped, *ctx.fused.gradients(ctx, upstream, ctx.needs_input_grad[skipped:])
 
 
+_PLAIN = {Tensor, Parameter}
 _FORWARD = "(Tensor[] tensors, Tensor[] constants, int[] plan, float[] numbers, str kind) -> Tensor[]"
 _BACKWARD = (
     "(Tensor[] upstream, Tensor[] tensors, Tensor[] constants, Tensor[] outputs, bool[] needs, int[] plan, "
@@ -125,7 +126,7 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing but autograd listens to operators: no tracing mode, no tensor subclass."""
     if torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(tensor) is Tensor or type(tensor) is Parameter for tensor in tensors)
+    return {*map(type, tensors)} <= _PLAIN
 
 
 def refuse_second_derivative(*_):

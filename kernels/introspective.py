@@ -1,7 +1,7 @@
 """One phase of an introspective VAE: every reconstruction error, every KL and the loss made of them.
 
-On the CPU `phase` runs `closed_form`, on a GPU two Triton launches (`_phase_triton`). Both hold two numbers
-a sample and source between forward and backward, and nothing else.
+On the CPU `phase` runs `closed_form`, on a GPU two Triton launches (`_phase_triton`). Beside inputs and
+statistics the second holds two numbers a sample and source between forward and backward, the first nothing.
 """
 
 from __future__ import annotations
@@ -57,19 +57,24 @@ def phase(
 
 def _forward(tensors, constants, plan, numbers, kind) -> list[Tensor]:
     batch = _batch(tensors, plan)
-    return [*_backend(batch).reduce(batch, constants[0], Formula.of(kind, *numbers))]
+    return [*_backend(tensors).reduce(batch, constants[0], Formula.of(kind, *numbers))]
 
 
 def _fake(tensors, constants, plan, numbers, kind) -> list[Tensor]:
     samples, sources = len(tensors[0]), (len(plan) - 2) // 5
-    shapes = (), (3, sources, samples), (2, sources, samples)
+    shapes = [(), (3, sources, samples)]
+    if runs_triton(tensors):
+        shapes.append((2, sources, samples))
     return [tensors[0].new_empty(shape, dtype=compute_dtype(*tensors)) for shape in shapes]
 
 
 def _backward(upstream, tensors, constants, outputs, needs, plan, numbers, kind) -> list[Tensor]:
-    batch = _batch(tensors, plan)
-    formula = Formula.of(kind, *numbers)
-    gradients = _backend(batch).apply(batch, outputs[1], upstream[0], needs[1:], formula)
+    batch, rest = _batch(tensors, plan), (upstream[0], needs[1:], Formula.of(kind, *numbers))
+    statistics, *coefficients = outputs
+    if coefficients:
+        gradients = _backend(tensors).apply(batch, *coefficients, *rest)
+    else:
+        gradients = closed_form.apply(batch, statistics, *constants, *rest)
     return _shaped(gradients, tensors, needs[1:], plan)
 
 
@@ -96,8 +101,8 @@ def _batch(tensors: Sequence[Tensor], plan: Sequence[int]) -> Batch:
     )
 
 
-def _backend(batch: Batch):
-    if runs_triton(batch.tensors):
+def _backend(tensors: Sequence[Tensor]):
+    if runs_triton(tensors):
         from . import _phase_triton
 
         return _phase_triton

@@ -193,9 +193,11 @@ class Objective(nn.Module):
         return Loss(loss, statistics)
 
     def _table(self, name: str, device: torch.device) -> Tensor:
-        if getattr(self, f"_{name}_table").device != device:
+        table = self._buffers[f"_{name}_table"]
+        if table.device != device:
             self.to(device)  # once, where the user did not
-        return getattr(self, f"_{name}_table")
+            table = self._buffers[f"_{name}_table"]
+        return table
 
     def _checked(self, name: str, value: float) -> float:
         return _not_negative(name, value)
