@@ -2,7 +2,7 @@
 
     python bench/densities.py --seeds 5             trains what is missing, writes table and figure
     python bench/densities.py --only rings/vae      some cells: density, density/objective or .../seed
-    python bench/densities.py --seeds 0             the table and the figure of the cells that are there
+    python bench/densities.py --seeds 0             table (docs/densities.md) and figure of what is there
 
 A cell is one run of launch/train.py. An interrupted cell goes on where it stopped; a finished one leaves
 `densities/<cell>.json` (scores, facts) and `.npz` (what the figure shows) under bench/results/ and is not
@@ -38,6 +38,8 @@ from sivae_fast.run import Run, read_stats
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "bench" / "results"
+PAGE = REPOSITORY / "docs" / "densities.md"
+START, END = "<!-- table: python bench/densities.py --seeds 0 -->\n", "<!-- end of table -->"
 DENSITIES = ("8gaussians", "2spirals", "checkerboard", "rings")
 OBJECTIVES = {"vae": "VAE", "introvae": "IntroVAE", "soft_introvae": "Soft-IntroVAE"}
 SCORES = ("gnelbo", "kl", "jsd", "kl_nats", "jsd_nats")
@@ -184,32 +186,49 @@ def floors() -> dict[str, dict[str, float]]:
     return found
 
 
-def write_table(path: Path) -> None:
-    """Mean and standard deviation over the seeds that are there, beside the floors."""
-    best = floors()
-    lines = [
-        "gnELBO in units of 1e-8, KL and JSD in the paper's units (KL, JSD: of bin masses in nats). "
-        "Lower is better.",
-        "",
-        "| density | model | seeds | gnELBO | KL | JSD | KL nats | JSD nats |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def collect(path: Path) -> dict:
+    """Writes and returns the scores of all seeds that are there, beside those of the data themselves."""
+    best, rows = floors(), []
     for name in DENSITIES:
-        floor = " | ".join(f"{best[name][key]:.3f}" for key in SCORES[1:])
-        lines.append(f"| {name} | the data itself | 20 | - | {floor} |")
+        rows.append({"density": name, "model": "the data itself", "seeds": 20, "scores": best[name]})
         for objective, title in OBJECTIVES.items():
-            paths = sorted((RESULTS / "densities").glob(f"{name}-{objective}-*.json"))
-            records = [json.loads(path.read_text()) for path in paths]
+            files = sorted((RESULTS / "densities").glob(f"{name}-{objective}-*.json"))
+            records = [json.loads(file.read_text()) for file in files]
             if records:
-                cells = " | ".join(_mean_and_deviation(records, key) for key in SCORES)
-                lines.append(f"| {name} | {title} | {len(records)} | {cells} |")
-    write_text(path, "\n".join(lines) + "\n")
+                scores = {key: statistics.mean(record[key] for record in records) for key in SCORES}
+                row = {"density": name, "model": title, "seeds": len(records), "scores": scores}
+                if len(records) > 1:
+                    row["deviations"] = {k: statistics.stdev(r[k] for r in records) for k in SCORES}
+                rows.append(row)
+    found = {"command": "python bench/densities.py", "rows": rows}
+    write_text(path, json.dumps(found, indent=1) + "\n")
+    return found
 
 
-def _mean_and_deviation(records: list[dict], key: str) -> str:
-    values = [record[key] * (1e8 if key == "gnelbo" else 1) for record in records]
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
+def table(found: dict) -> str:
+    lines = [
+        "| density | model | seeds | gnELBO / 1e-8 | KL | JSD | KL nats | JSD nats |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        cells = " | ".join(_cell(row, key) for key in SCORES)
+        lines.append(f"| {row['density']} | {row['model']} | {row['seeds']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict, key: str) -> str:
+    if key not in row["scores"]:
+        return ""
+    scale = 1e8 if key == "gnelbo" else 1
+    deviation = row.get("deviations")
+    after = f" ± {scale * deviation[key]:.3f}" if deviation else ""
+    return f"{scale * row['scores'][key]:.3f}{after}"
+
+
+def filled(page: str, found: dict) -> str:
+    """The page with the table of the results between its marks."""
+    before, rest = page.split(START)
+    return before + START + table(found) + END + rest.split(END)[1]
 
 
 def write_figure(path: Path) -> None:
@@ -253,9 +272,10 @@ def main() -> None:
     for cell in cells:
         cell.config(runs)  # what is wrong with a cell is said before the first one trains
     run_cells(cells, runs, max(options.jobs, 1))
-    write_table(RESULTS / "densities.md")
+    found = collect(RESULTS / "densities.json")
+    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8"), found))
     write_figure(RESULTS / "densities.png")
-    print(f"wrote {RESULTS / 'densities.md'} and densities.png")
+    print(table(found), end="")
 
 
 if __name__ == "__main__":

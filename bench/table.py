@@ -66,6 +66,18 @@ def _density(found: dict) -> str:
     )
 
 
+def _samples(found: dict) -> str:
+    """KL of Soft-IntroVAE's samples, in the paper's units, beside a VAE's and the data's own."""
+    kl = {(row["density"], row["model"]): row["scores"]["kl"] for row in found["rows"]}
+    said = [
+        f"{density} **{value:.1f}** (VAE {kl[density, 'VAE']:.1f}, the data itself "
+        f"{kl[density, 'the data itself']:.1f})"
+        for (density, model), value in kl.items()
+        if model == "Soft-IntroVAE"
+    ]
+    return "; ".join(said)
+
+
 def _losses(found: dict) -> str:
     """The range over sizes and batches of how many times faster the fused form is over both passes."""
     clock = "times_gpu" if "times_gpu" in found["speedups"][0] else "times_wall"
@@ -106,6 +118,7 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("encoder phase of the loss, both passes, CPU", "losses-cpu.json", _losses),
     ("encoder phase of the loss, both passes, GPU", "losses-cuda.json", _losses),
     ("density iteration, batch 512", "density_speed.json", _density),
+    ("KL between density and samples", "densities.json", _samples),
     ("Chamfer distance, CPU", "chamfer-cpu.json", _chamfer),
     ("Chamfer distance, GPU", "chamfer-cuda.json", _chamfer),
 ]
