@@ -4,7 +4,8 @@
 
 Each contender runs in processes of its own, in turns, so that a change of the machine's load meets all.
 The numbers are best of the turns, in processor time of the process (what a quiet core would take) and in wall
-time. Before anything is timed, the losses of the first iterations are held against the plain ones.
+time. Before anything is timed, the losses of the first iterations are held against the plain ones. Beside them
+stands what the matrix products of one iteration take when each is repeated by itself, in a warm cache.
 """
 
 from __future__ import annotations
@@ -101,6 +102,44 @@ def time_one(name: str, phase: str, threads: int, rounds: int = 6) -> dict[str, 
     return {"cpu_ms": 1e3 * min(f[0] for f in found), "wall_ms": 1e3 * min(f[1] for f in found)}
 
 
+def products(threads: int) -> dict[str, float]:
+    """Milliseconds and GFLOP of the matrix products of one introspective iteration, each timed alone."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        iteration = contender("minimal schedule", "soft", folder)
+        iteration()
+        with torch.profiler.profile(record_shapes=True) as profile:
+            iteration()
+    milliseconds = gflop = 0.0
+    for event in profile.key_averages(group_by_input_shape=True):
+        if event.key in ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"):
+            one, operations = _product(event.key, [shape for shape in event.input_shapes if shape])
+            milliseconds += 1e3 * event.count * one
+            gflop += 1e-9 * event.count * operations
+    return {"ms": round(milliseconds, 1), "gflop": round(gflop, 3)}
+
+
+def _product(name: str, shapes: list[list[int]], rounds: int = 7) -> tuple[float, int]:
+    """(best seconds, operations) of one product of fresh operands."""
+    tensors = [torch.randn(shape) for shape in shapes]
+    if name == "mkldnn::_linear_pointwise":
+        x, weight, *bias = tensors
+        inner, columns = weight.shape[1], weight.shape[0]
+        call = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, *(bias or [None]), "none", [], "")
+    else:
+        *bias, x, weight = tensors
+        inner, columns = weight.shape
+        call = (lambda: torch.addmm(*bias, x, weight)) if bias else (lambda: x @ weight)
+    operations, found = 2 * x.shape[0] * inner * columns, []
+    count = max(4, int(1e9 / operations))
+    for _ in range(rounds):
+        start = time.process_time()
+        for _ in range(count):
+            call()
+        found.append((time.process_time() - start) / count)
+    return min(found), operations
+
+
 def run(threads: int, turns: int) -> dict:
     results = {phase: {name: [] for name in CONTENDERS} for phase in PHASES}
     for turn in range(turns):
@@ -153,6 +192,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": head.stdout.strip(),
         "losses_differ_at_most": difference,
+        "matrix_products_alone": products(options.threads),
         **summary(run(options.threads, options.turns)),
     }
     text = json.dumps(record, indent=1)

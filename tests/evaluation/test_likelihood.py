@@ -71,7 +71,9 @@ def test_other_proposals_bound_it_from_below_and_rise_with_the_number_of_draws(p
     means = [values.mean().item() for values in found]
     error = found[2].std().item() / math.sqrt(len(x))
     assert means[0] < means[1] < means[2] <= EXACT + 3 * error
-    assert means[2] == pytest.approx(EXACT, abs=5e-3) and error < 2e-3
+    # The estimate is log of a mean of weights of mean 1: it lies Var / (2 S) below, to first order.
+    gap = (found[0] - EXACT).exp().var().item() / (2 * 50)
+    assert means[2] == pytest.approx(EXACT - gap, abs=3 * error) and error < 2e-3
 
 
 def test_the_diagonal_proposal_gives_the_known_means():
