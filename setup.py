@@ -9,6 +9,7 @@ train = [
     "deepspeed>=0.17",
     "nvidia-dali-cuda130; platform_system == 'Linux'",
     "pillow",
+    "psutil",
     "pydantic>=2.7",
     "pyyaml",
     "safetensors>=0.4",

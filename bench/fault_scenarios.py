@@ -28,6 +28,7 @@ from sivae_fast.files import read_lines
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "bench" / "fault_program.py"
+ELASTIC = ROOT / "launch" / "elastic.py"
 #: Grows from 4x4 to 8x8 pixels after 40 images; ten iterations, a checkpoint after every second one.
 SETTINGS = {
     "model.resolution": 8, "model.start_channels": 4, "model.max_channels": 8, "model.latent_size": 8,
@@ -98,14 +99,13 @@ class Bench:
     def __init__(self, folder: Path):
         self.folder = folder
         self.images = make_images(folder / "images")
-        self.ports: dict[str, str] = {}  # of the meeting point of a run's last start
         self._whole: dict[tuple, Path] = {}
 
-    def start(self, name: str, ranks: int = 2, fault: dict | None = None, torchrun: str = "", nodes: int = 1,
+    def start(self, name: str, ranks: int = 2, fault: dict | None = None, elastic: str = "", nodes: int = 1,
               each=None, **settings) -> Launch:  # fmt: skip
-        """Starts run `name`; torchrun: its options, else the ranks are plain processes.
+        """Starts run `name`; elastic: options of launch/elastic.py, else the ranks are plain processes.
 
-        nodes: with torchrun, how many of it share the ranks.
+        nodes: with launch/elastic.py, how many of it share the ranks.
         each: (settings, environment) of its own for a rank, by rank. `settings`: a__b=c is a.b=c.
         """
         place = self.place(name)
@@ -113,12 +113,12 @@ class Bench:
         settings = {key.replace("__", "."): value for key, value in settings.items()}
         settings = {**SETTINGS, "data.path": self.images, "run.name": name, **settings}
         planted = {"FAULT": json.dumps({"events": str(place / "events.jsonl"), **fault}) if fault else ""}
-        port = self.ports[name] = str(_free_port())
-        if torchrun:
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks // nodes)]
+        port = str(free_port())
+        if elastic:
+            command = [sys.executable, str(ELASTIC), "--nproc_per_node", str(ranks // nodes)]
             meet = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{port} --rdzv_id {name}"
             command += ["--standalone"] if nodes == 1 else meet.split()
-            command += [*torchrun.split(), str(PROGRAM), *_written(settings)]
+            command += [*elastic.split(), str(PROGRAM), *_written(settings)]
             return Launch([(command, planted)] * nodes, place)
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
         commands = []
@@ -204,20 +204,20 @@ def killed_rank(bench: Bench) -> dict:
 
 
 @scenario
-def killed_rank_under_torchrun(bench: Bench) -> dict:
+def killed_rank_under_elastic(bench: Bench) -> dict:
     fault = {"kind": "kill", "rank": 1, "images": 80}
-    bench.run("elastic", fault=fault, torchrun="--max-restarts 2")
+    bench.run("elastic", fault=fault, elastic="--max-restarts 2")
     bench.assert_as_undisturbed("elastic")
-    return bench.row("elastic", "the same under `torchrun --max-restarts 2`",
-                     "torchrun starts all ranks again; they resume by themselves")  # fmt: skip
+    return bench.row("elastic", "the same under `launch/elastic.py --max-restarts 2`",
+                     "it starts all ranks again; they resume by themselves")  # fmt: skip
 
 
 @scenario
 def killed_rank_of_another_node(bench: Bench) -> dict:
     fault = {"kind": "kill", "rank": 1, "images": 80}
-    bench.run("nodes", fault=fault, torchrun="--max-restarts 2", nodes=2)
+    bench.run("nodes", fault=fault, elastic="--max-restarts 2", nodes=2)
     bench.assert_as_undisturbed("nodes")
-    return bench.row("nodes", "the same with one `torchrun --nnodes 2 --max-restarts 2` for each rank",
+    return bench.row("nodes", "the same with one `launch/elastic.py --nnodes 2 --max-restarts 2` a rank",
                      "both meet again and resume")  # fmt: skip
 
 
@@ -383,31 +383,11 @@ def _refused(bench: Bench, each: dict, injected: str, reason: str) -> dict:
     }
 
 
-def listening(pid: int) -> set[tuple[str, int]]:
-    """(address, port) of every TCP socket on which a process waits for connections. Linux."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
-    own = {link[8:-1] for link in links if link.startswith("socket:[")}
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            address, port = fields[1].split(":")
-            if fields[3] == "0A" and fields[9] in own:
-                found.add((_address(address), int(port, 16)))
-    return found
-
-
-def _address(text: str) -> str:
-    """The kernel writes addresses as 32-bit words in the byte order of the machine."""
-    words = [int(text[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(text), 8)]
-    return socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, b"".join(words))
-
-
 def _written(settings) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

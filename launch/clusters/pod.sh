@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One pod of kubernetes.yaml, or any node whose scheduler restarts what fails: torchrun, and exit code 75 where a
-# stop on request came before the end of the run.
+# One pod of kubernetes.yaml, or any node whose scheduler restarts what fails: launch/elastic.py (a torchrun), and
+# exit code 75 where a stop on request came before the end of the run.
 #
 # NODES        how many there are
 # NODE_RANK    number of this one, 0 for the first
@@ -14,7 +14,9 @@ set -euo pipefail
 : "${MASTER_ADDR:?is not set: the address of node 0 that every node reaches}"
 : "${1:?no program: launch/train.py, then its arguments}"
 
-torchrun --nnodes="$NODES" --nproc_per_node="$PROCESSES" --node_rank="$NODE_RANK" \
+here=$(dirname "$(readlink -f "$0")")
+
+python3 "$here/../elastic.py" --nnodes="$NODES" --nproc_per_node="$PROCESSES" --node_rank="$NODE_RANK" \
   --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" "$@" &
 runner=$!
 trap 'kill -TERM "$runner"' TERM INT # the first process of a container gets the signal alone

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One torchrun a node of a Slurm job. Change the lines below to your cluster, then, from the repository's root:
+# One launch/elastic.py (a torchrun) a node of a Slurm job. Change the lines below to your cluster, then, from the repository's root:
 #
 #     sbatch launch/clusters/slurm.sh launch/doctor.py --config launch/configs/ffhq256.yaml data.path=...
 #     sbatch launch/clusters/slurm.sh launch/train.py --config launch/configs/ffhq256.yaml data.path=...
@@ -30,9 +30,9 @@ stopping=
 trap 'stopping=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 # shellcheck disable=SC2016  # expanded on the nodes
-srun --kill-on-bad-exit=1 bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --node_rank "$SLURM_NODEID" \
-  --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"' \
-  torchrun "$@" &
+srun --kill-on-bad-exit=1 bash -c 'exec python3 "$(dirname "$1")/elastic.py" \
+  --nnodes "$SLURM_NNODES" --node_rank "$SLURM_NODEID" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
+  --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"' elastic "$@" &
 step=$!
 code=0
 wait "$step" || code=$?

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sivae_fast.training.meeting import meeting_point
+
 
 class Trouble(str):
     """Why something could not be done on one rank."""
@@ -57,7 +59,10 @@ def connected(timeout: float) -> Iterator[str]:
 
 
 def _connect(timeout: float) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ["WORLD_SIZE"])
+    limit = timedelta(seconds=timeout)
+    store = meeting_point(rank, world, limit)
+    dist.init_process_group("gloo", timeout=limit, store=store, rank=rank, world_size=world)
     dist.barrier()
 
 

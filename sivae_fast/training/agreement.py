@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -121,31 +119,6 @@ def check_parameters(model) -> None:
             f"{names[differing[0]]}. Nothing was saved since; the same command resumes from the last "
             "checkpoint"
         )
-
-
-def fresh_store(store: dist.Store, rank: int, world: int, limit: float) -> dist.Store:
-    """A part of the store that this start of the ranks has for itself. RankFailed after `limit` seconds.
-
-    torchrun keeps one store for all restarts (pytorch issue 135712), in which ranks find the addresses of
-    those before them; the count of restarts that it hands out is each node's own. So rank 0 makes a new name,
-    and tells it to every rank that has asked under a name of its own, until all have acknowledged.
-    """
-    name, end = uuid.uuid4().hex, time.monotonic() + limit
-    if rank:
-        store.set(f"sivae_fast/asks/{rank}", name)
-        name = store.get(f"sivae_fast/tells/{name}").decode()
-        store.set(f"sivae_fast/knows/{name}/{rank}", "")
-    waiting = set(range(1, world)) if rank == 0 else set()
-    while waiting:
-        for other in list(waiting):
-            if store.check([f"sivae_fast/asks/{other}"]):
-                store.set(f"sivae_fast/tells/{store.get(f'sivae_fast/asks/{other}').decode()}", name)
-            if store.check([f"sivae_fast/knows/{name}/{other}"]):
-                waiting.remove(other)
-        if time.monotonic() > end:
-            raise RankFailed(f"ranks {sorted(waiting)} did not start within {limit:.0f} s")
-        time.sleep(0.02)
-    return dist.PrefixStore(name, store)
 
 
 @contextlib.contextmanager

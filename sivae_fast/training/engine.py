@@ -10,7 +10,6 @@ option for them.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sivae_fast.contract import Model
-from sivae_fast.training.agreement import fresh_store, reasons_shared
+from sivae_fast.training.agreement import reasons_shared
+from sivae_fast.training.meeting import meeting_point
 from sivae_fast.training.optim import parameter_groups
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
@@ -235,32 +235,14 @@ def distributed(kind: str, timeout: int) -> Iterator[tuple[int, int, torch.devic
     try:
         with reasons_shared(rank, timeout):
             if world > 1 or kind == "deepspeed":
-                _listen_here_only(world)
                 os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
                 backend = "nccl" if device.type == "cuda" else "gloo"
-                store = _meeting_point(rank, world, limit) if world > 1 else dist.HashStore()
+                store = meeting_point(rank, world, limit)
                 dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
             yield rank, world, device
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _listen_here_only(world: int) -> None:
-    """Where all ranks are on this machine, gloo uses its loopback interface, unless told otherwise."""
-    here = world == int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if here or os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
-        for _, name in socket.if_nameindex():
-            if name in ("lo", "lo0"):
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-
-
-def _meeting_point(rank: int, world: int, limit: timedelta) -> dist.Store:
-    """The store in which the ranks find each other: that of torchrun, or else one that rank 0 holds."""
-    store, *_ = next(dist.rendezvous("env://", timeout=limit))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return store
-    return fresh_store(store, rank, world, limit.total_seconds())
 
 
 def deepspeed_missing() -> str | None:

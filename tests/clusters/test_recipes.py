@@ -45,8 +45,8 @@ def stubs(tmp_path):
 
 
 def recording(target: Path) -> str:
-    """A stub's body that leaves its arguments in `target`."""
-    code = f'import json, sys; json.dump(sys.argv[1:], open("{target}", "w"))'
+    """A stub's body that leaves its arguments in `target`, one list a line and call."""
+    code = f'import json, sys; print(json.dumps(sys.argv[1:]), file=open("{target}", "a"))'
     return f"exec {sys.executable} -c '{code}' \"$@\""
 
 
@@ -64,10 +64,12 @@ def wait_until(condition, seconds: float = 90) -> None:
         time.sleep(0.1)
 
 
-def torchrun_options(arguments: list[str]):
+def elastic_options(arguments: list[str]):
     from torch.distributed.run import get_args_parser
 
-    return get_args_parser().parse_args(arguments)
+    program, *options = arguments
+    assert Path(program).resolve() == ROOT / "launch" / "elastic.py"
+    return get_args_parser().parse_args(options)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -105,13 +107,13 @@ def test_node_script_names_what_is_missing(stubs, tmp_path, variables, arguments
     assert not (tmp_path / "arguments").exists()
 
 
-def test_slurm_script_fits_torchrun(stubs, tmp_path):
+def test_slurm_script_fits_the_elastic_launcher(stubs, tmp_path):
     stubs("scontrol", "echo node-0; echo node-1")
     stubs("srun", 'shift; exec "$@"')  # its one option, then the command, as on one node
-    stubs("torchrun", recording(tmp_path / "arguments"))
+    stubs("python3", recording(tmp_path / "arguments"))
     done = run_script("slurm.sh", stubs, "launch/train.py", "a=1", **SLURM, SLURM_GPUS_ON_NODE="8")
     assert done.returncode == 0, done.stderr
-    options = torchrun_options(json.loads((tmp_path / "arguments").read_text()))
+    options = elastic_options(json.loads((tmp_path / "arguments").read_text()))
     assert (options.nnodes, options.node_rank, options.nproc_per_node) == ("2", 1, "8")
     assert (options.master_addr, options.master_port) == ("node-0", 32345)
     assert (options.training_script, options.training_script_args) == ("launch/train.py", ["a=1"])
@@ -127,22 +129,21 @@ def test_slurm_script_reports_a_failure_and_stays_out_of_the_queue(stubs, tmp_pa
 POD = {"NODES": "2", "NODE_RANK": "1", "PROCESSES": "8", "MASTER_ADDR": "node-0"}
 
 
-def test_pod_script_fits_torchrun(stubs, tmp_path):
-    stubs("torchrun", recording(tmp_path / "arguments"))
-    stubs("python3", recording(tmp_path / "asked"))
+def test_pod_script_fits_the_elastic_launcher(stubs, tmp_path):
+    stubs("python3", recording(tmp_path / "arguments"))
     assert run_script("pod.sh", stubs, "launch/train.py", "a=1", **POD).returncode == 0
-    options = torchrun_options(json.loads((tmp_path / "arguments").read_text()))
+    started, asked = (json.loads(line) for line in (tmp_path / "arguments").read_text().splitlines())
+    options = elastic_options(started)
     assert (options.nnodes, options.node_rank, options.nproc_per_node) == ("2", 1, "8")
     assert (options.master_addr, options.master_port) == ("node-0", 29500)
     assert (options.training_script, options.training_script_args) == ("launch/train.py", ["a=1"])
-    assert json.loads((tmp_path / "asked").read_text()) == ["launch/train.py", "a=1", "--finished"]
+    assert asked == ["launch/train.py", "a=1", "--finished"]
 
 
 def test_pod_script_hands_a_failure_on(stubs, tmp_path):
-    stubs("torchrun", "exit 3")
-    stubs("python3", recording(tmp_path / "asked"))
+    stubs("python3", f"echo >> {tmp_path}/calls; exit 3")
     assert run_script("pod.sh", stubs, "launch/train.py", **POD).returncode == 3
-    assert not (tmp_path / "asked").exists()
+    assert (tmp_path / "calls").read_text() == "\n"  # nobody was asked whether the run is finished
 
 
 def test_kubernetes_job_is_consistent():

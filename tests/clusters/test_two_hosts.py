@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import ROOT, TINY, environment, image_folder, launch
+from tests.training.conftest import ROOT, TINY, environment, image_folder, launch, listeners
 from tests.training.test_distributed import FLOOR, largest_difference, start, weights
 
 __all__ = ["image_folder", "launch", "start"]
@@ -23,6 +23,7 @@ __all__ = ["image_folder", "launch", "start"]
 #: What a tick says about the machine rather than the training.
 MACHINE = {"time", "images_per_second", "step_seconds", "data_seconds", "memory_bytes"}
 NODE = ROOT / "launch" / "clusters" / "node.sh"
+ENDLESS = {**TINY, "train.images": 10**7, "growth.images_per_level": 10**7}
 
 
 def ip(*arguments: str) -> str:
@@ -48,10 +49,9 @@ def why_not() -> str:
 class Hosts:
     """Two namespaces, a cable between them, and the processes started in them."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, addresses: list[str]):
+        self.folder, self.addresses = folder, addresses
         self.names = [f"sivae-{os.getpid()}-{side}" for side in "ab"]
-        self.addresses = ["10.213.77.1", "10.213.77.2"]
         self.processes: list[subprocess.Popen] = []
 
     def connect(self) -> None:
@@ -61,7 +61,8 @@ class Hosts:
         first, second = self.names
         ip("-n", first, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", second)
         for name, address in zip(self.names, self.addresses, strict=True):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+            at_once = ["nodad"] if ":" in address else []  # no search for another host of this address
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0", *at_once)
             ip("-n", name, "link", "set", "eth0", "up")
 
     def cut(self) -> None:
@@ -77,7 +78,6 @@ class Hosts:
                 "NODE_RANK": str(rank),
                 "MASTER_ADDR": self.addresses[0],
                 "HOSTFILE": str(hostfile),
-                "GLOO_SOCKET_IFNAME": "eth0",
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             }
             command = ["ip", "netns", "exec", name, NODE, ROOT / "launch" / program, *arguments]
@@ -85,6 +85,14 @@ class Hosts:
                 self.processes.append(
                     subprocess.Popen(command, cwd=self.folder, env=env, stdout=output, stderr=output)
                 )
+
+    def wait_for_training(self) -> None:
+        """Until the first tick is written."""
+        end = time.monotonic() + 180
+        while not list(self.folder.glob("runs/*/stats.jsonl")):
+            running = [process.poll() is None for process in self.processes]
+            assert time.monotonic() < end and all(running), self.output(0).read_text()[-3000:]
+            time.sleep(0.2)
 
     def output(self, rank: int) -> Path:
         return self.folder / f"host{rank}.txt"
@@ -106,12 +114,15 @@ class Hosts:
             process.wait(30)
 
 
+CABLES = {"IPv4": ["10.213.77.1", "10.213.77.2"], "IPv6": ["fd00:213:77::1", "fd00:213:77::2"]}
+
+
 @pytest.fixture
-def hosts(tmp_path):
+def hosts(request, tmp_path):
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    made = Hosts(tmp_path)
+    made = Hosts(tmp_path, CABLES[getattr(request, "param", "IPv4")])
     try:
         made.connect()
         yield made
@@ -142,12 +153,8 @@ def test_two_hosts_equal_one_process(hosts, launch, image_folder, start, kind, z
 @pytest.mark.cluster
 def test_a_cut_cable_ends_both_hosts_with_a_reason(hosts, image_folder):
     seconds = 20
-    endless = {"train.images": 10**7, "growth.images_per_level": 10**7, "engine.timeout_seconds": seconds}
-    hosts.start("train.py", {**TINY, "data.path": image_folder, **endless})
-    end = time.monotonic() + 180
-    while not list(hosts.folder.glob("runs/*/stats.jsonl")):
-        assert time.monotonic() < end and all(process.poll() is None for process in hosts.processes)
-        time.sleep(0.2)
+    hosts.start("train.py", {**ENDLESS, "data.path": image_folder, "engine.timeout_seconds": seconds})
+    hosts.wait_for_training()
     hosts.cut()
     # The reduction that never ends, then the processes and their launchers.
     assert 0 not in hosts.wait(seconds + 40)
@@ -155,6 +162,19 @@ def test_a_cut_cable_ends_both_hosts_with_a_reason(hosts, image_folder):
         said = hosts.output(rank).read_text()
         assert f"error: rank {rank}: another rank ended without a word" in said
         assert f"engine.timeout_seconds={seconds}" in said and "the same command resumes" in said.lower()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("hosts", CABLES, indirect=True)
+def test_nothing_listens_but_at_the_end_of_the_cable(hosts, image_folder):
+    hosts.start("train.py", {**ENDLESS, "data.path": image_folder})
+    hosts.wait_for_training()
+    found = [set(listeners(process.pid).values()) for process in hosts.processes]
+    hosts.processes[1].terminate()
+    assert hosts.wait(120)[0] == 0  # DeepSpeed's launcher never ends well after a signal of its own
+    assert (hosts.addresses[0], 29500) in found[0]  # the store
+    for own, places in zip(hosts.addresses, found, strict=True):
+        assert {address for address, _ in places} == {own}
 
 
 @pytest.mark.cluster

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,33 @@ def launch(image_folder, tmp_path):
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def listening(pid: int) -> set[tuple[str, int]]:
+    """(address, port) where a process, or one below it, waits for TCP connections. Linux."""
+    process = Path(f"/proc/{pid}")
+    links = [os.readlink(link) for link in (process / "fd").iterdir() if link.is_symlink()]
+    found = {place for number, place in listeners(pid).items() if f"socket:[{number}]" in links}
+    below = [int(child) for task in process.glob("task/*/children") for child in task.read_text().split()]
+    return found.union(*(listening(child) for child in below))
+
+
+def listeners(pid: int) -> dict[str, tuple[str, int]]:
+    """(address, port) of all that waits for TCP connections in the network of a process, by socket number."""
+    found = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            address, port = fields[1].split(":")
+            if fields[3] == "0A":
+                found[fields[9]] = _address(address), int(port, 16)
+    return found
+
+
+def _address(text: str) -> str:
+    """The kernel writes addresses as 32-bit words in the byte order of the machine."""
+    words = [int(text[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(text), 8)]
+    return socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, b"".join(words))
 
 
 def _dotted(overrides: dict) -> dict[str, str]:

@@ -6,18 +6,18 @@ import json
 import os
 import pickle
 import platform
+import re
+import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from PIL import Image
 
-from bench.fault_scenarios import SCENARIOS, SETTINGS, Bench, assert_same, listening
+from bench.fault_scenarios import PROGRAM, SCENARIOS, SETTINGS, Bench, Launch, assert_same
 from bench.soak import soak
 from sivae_fast import files
 from sivae_fast.checkpoint import CheckpointError, load_checkpoint, load_newest
@@ -27,7 +27,6 @@ from sivae_fast.data.held import Held
 from sivae_fast.files import append_line, read_lines
 from sivae_fast.training import agreement
 from sivae_fast.training.agreement import RankFailed, RanksDiffer
-from sivae_fast.training.engine import distributed
 from sivae_fast.training.guard import Diverged, Guard
 from sivae_fast.training.loop import Trainer, train
 from tests.training.conftest import ROOT
@@ -53,6 +52,26 @@ def test_scenario(bench, name, tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
     row = SCENARIOS[name](bench)
     assert row["seconds"] < 120 and 0 <= row["images_lost"] <= 80
+
+
+@pytest.mark.slow
+def test_the_loop_of_the_page_starts_a_killed_run_again(bench, tmp_path):
+    """As it is written there, but for the program that waits."""
+    (loop,) = re.findall(r"`(for i in .*? done)`", (ROOT / "docs" / "faults.md").read_text())
+    settings = {**SETTINGS, "data.path": bench.images, "run.name": "looped"}
+    command = [sys.executable, str(PROGRAM), *(f"{key}={value}" for key, value in settings.items())]
+    place = bench.place("looped")
+    place.mkdir()
+    (tmp_path / "sleep").write_text(f"#!/bin/sh\necho $1 >> {tmp_path}/slept\n")
+    (tmp_path / "sleep").chmod(0o755)
+    fault = {"kind": "kill", "rank": 0, "images": 80, "events": str(place / "events.jsonl")}
+    environment = {"FAULT": json.dumps(fault), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    bash = ["bash", "-c", loop.replace("COMMAND", shlex.join(command))]
+    assert Launch([(bash, environment)], place).wait() == [0]
+    steps = [line for line in read_lines(place / "events.jsonl") if line["event"] == "iteration"]
+    assert len({step["process"] for step in steps}) == 2
+    assert (tmp_path / "slept").read_text() == "10\n"
+    bench.assert_as_undisturbed("looped", ranks=1)
 
 
 @pytest.fixture
@@ -282,39 +301,9 @@ def test_a_pickle_in_place_of_the_tensors_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_listen_on_the_loopback_interface_but_for_the_store(bench):
-    """PyTorch's TCPStore, in rank 0 or in the launcher, binds every interface and has no option for it."""
-    forever = {"kind": "kill", "rank": 1, "images": 10**9}
-    launch = bench.start("listens", fault=forever, train__images=10**9, run__checkpoint=10**9)
-    try:
-        events = bench.place("listens") / "events.jsonl"
-        while not events.exists():
-            assert all(process.poll() is None for process in launch.processes), launch.text()
-            time.sleep(0.1)
-        first, second = (listening(process.pid) for process in launch.processes)
-        launch.processes[0].send_signal(signal.SIGTERM)
-        assert launch.wait() == [0, 0]
-    finally:
-        launch.kill()
-    store = int(bench.ports["listens"])
-    assert store in {port for _, port in first}
-    assert {address for address, port in first | second if port != store} == {"127.0.0.1"}
-
-
-@pytest.mark.slow
 def test_a_short_soak_ends_as_the_undisturbed_run(tmp_path):
     found = soak(tmp_path, seconds=75, every=8, seed=1)
     assert len(found["faults"]) >= 2 and found["images"] > 800
-
-
-def test_on_one_machine_gloo_uses_the_loopback_interface(monkeypatch):
-    for name in ("GLOO_SOCKET_IFNAME", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.setenv(name, "")  # so that it is as before after the test
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with distributed("deepspeed", 10):
-        assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
-        assert {address for address, _ in listening(os.getpid())} <= {"127.0.0.1"}
 
 
 def test_the_table_of_the_page_is_that_of_the_results():

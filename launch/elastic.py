@@ -1,0 +1,53 @@
+"""torchrun with its options, but listening on the address of the meeting point alone:
+
+    python launch/elastic.py --nproc_per_node 8 launch/train.py --config launch/configs/ffhq256.yaml ...
+
+The stores of torchrun itself listen on every interface of the first node.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+
+from torch.distributed import Store, run
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+from sivae_fast.training.meeting import source_address, store_at
+
+LIMIT = timedelta(minutes=5)  # that of PyTorch's stores
+
+
+def replace_stores(several: bool) -> None:
+    """Where torchrun makes a store, it makes one of ours. several: the run has several nodes."""
+
+    def store(host_name, port, world_size=None, is_master=False, timeout=LIMIT, multi_tenant=True) -> Store:
+        return store_at(host_name, port, world_size, timeout, listens=is_master, several=several)
+
+    def server(handler, host_name: str, port: int) -> Store:
+        return store(host_name, port, is_master=True)
+
+    for module in (static_tcp_rendezvous, c10d_rendezvous_backend):
+        module.TCPStore = store
+    DynamicRendezvousHandler._create_tcp_store_server = server
+
+
+@record
+def main(arguments: list[str] | None = None) -> None:
+    options = run.parse_args(arguments)
+    several = run.parse_min_max_nnodes(options.nnodes)[1] > 1
+    try:
+        if options.local_addr is None:  # torchrun takes the machine's name
+            meeting, _ = parse_rendezvous_endpoint(options.rdzv_endpoint or options.master_addr, 0)
+            options.local_addr = source_address(meeting, several=several)
+        replace_stores(several)
+        run.run(options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
