@@ -30,10 +30,10 @@ def measure(names: list[str]) -> None:
     """Runs the scenarios; each row is written as soon as it is there. Raises where one does not hold."""
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
+        bench, where = Bench(Path(folder)), machine("cpu")
+        commit = where.pop("commit")  # asked before the first row is written and the tree no longer that of it
         for name in names:
-            where = machine("cpu")
-            rows[name] = {**SCENARIOS[name](bench), "commit": where.pop("commit")}
+            rows[name] = {**SCENARIOS[name](bench), "commit": commit}
             print(name, json.dumps(rows[name]), flush=True)
             ordered = {name: rows[name] for name in SCENARIOS if name in rows}
             found = {"command": "python bench/faults.py", **where, "rows": ordered}
