@@ -31,7 +31,7 @@ def measure(names: list[str]) -> None:
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         bench, where = Bench(Path(folder)), machine("cpu")
-        commit = where.pop("commit")  # asked before the first row is written and the tree no longer that of it
+        commit = where.pop("commit")  # asked once: the first row written changes the tree
         for name in names:
             rows[name] = {**SCENARIOS[name](bench), "commit": commit}
             print(name, json.dumps(rows[name]), flush=True)
