@@ -164,8 +164,12 @@ class TrainConfig(Section):
     """The length of the run and the shape of one iteration."""
 
     images: PositiveInt = 1_000_000
-    batch: PositiveInt | tuple[PositiveInt, ...] = Field(32, description="global batch, or one a level")
-    micro_batch: PositiveInt | None = Field(None, description="most images of one pass on one rank")
+    batch: PositiveInt | tuple[PositiveInt, ...] | Literal["auto"] = Field(
+        32, description="global batch, or one a level; auto: the largest that fits the GPUs in one pass"
+    )
+    micro_batch: PositiveInt | tuple[PositiveInt, ...] | Literal["auto"] | None = Field(
+        None, description="most images of one pass on one rank, or one a level; auto: as many as fit the GPU"
+    )
     warmup_images: Annotated[int, Field(ge=0)] = Field(0, description="images trained as a plain VAE first")
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: bool = Field(False, description="style model: less memory, more time")
@@ -279,6 +283,11 @@ class Config(Section):
             raise ValueError(
                 f"growth.images_per_level={self.growth.images_per_level} needs model.kind=style, "
                 f"model.kind={self.model.kind} has one size"
+            )
+        if self.train.batch == "auto" and self.train.micro_batch not in (None, "auto"):
+            raise ValueError(
+                f"train.batch=auto and train.micro_batch={self.train.micro_batch} exclude each other: "
+                "the batch is what fits in one pass. Give one of them as a number, not both"
             )
         for name in ("recompute", "compile"):
             if getattr(self.train, name) and self.model.kind != "style":

@@ -17,6 +17,13 @@ class Stage:
     batch: int
     learning_rate: float
     beta_neg: float | None
+    micro_batch: int | None = None
+
+    def pieces(self, world: int) -> int:
+        """Micro-batches of one of `world` ranks: the fewest equal ones of at most `micro_batch` images."""
+        local = self.batch // world
+        most = self.micro_batch or local
+        return next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
 
 
 class Schedule:
@@ -26,7 +33,7 @@ class Schedule:
     images_per_level: images from one level switch to the next; level i starts at the first batch boundary
         at or after i * images_per_level.
     fade: fraction of a level over which it is faded in, by (1 - cos(pi f)) / 2; the first level is not faded.
-    batch, learning_rate, beta_neg: one value, or one a level.
+    batch, micro_batch, learning_rate, beta_neg: one value, or one a level.
     drops: image counts at which the learning rate is multiplied by `drop_factor`.
     """
 
@@ -41,10 +48,12 @@ class Schedule:
         beta_neg: float | Sequence[float] | None = None,
         drops: Sequence[int] = (),
         drop_factor: float = 0.1,
+        micro_batch: int | Sequence[int] | None = None,
     ):
         self.levels, self.images_per_level, self.fade = levels, images_per_level, fade
         self.drops, self.drop_factor = sorted(drops), drop_factor
         self._batch = _per_level("train.batch", batch, levels)
+        self._micro_batch = _per_level("train.micro_batch", micro_batch, levels)
         self._rate = _per_level("optim.learning_rate", learning_rate, levels)
         self._beta_neg = _per_level("objective.beta_neg", beta_neg, levels)
 
@@ -70,8 +79,17 @@ class Schedule:
     def at(self, images: int) -> Stage:
         lod = self.lod(images)
         return Stage(
-            lod, self.blend(images), self._batch[lod], self.learning_rate(images), self._beta_neg[lod]
+            lod,
+            self.blend(images),
+            self._batch[lod],
+            self.learning_rate(images),
+            self._beta_neg[lod],
+            self._micro_batch[lod],
         )
+
+    def stages(self) -> list[Stage]:
+        """The first moment of every level that is trained."""
+        return [self.at(lod * self.images_per_level) for lod in range(self.lod(0), self.levels)]
 
 
 def _per_level(name: str, value, levels: int) -> list:

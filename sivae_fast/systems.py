@@ -200,6 +200,7 @@ def make_schedule(config: Config) -> Schedule:
         beta_neg=beta_neg,
         drops=config.optim.drops,
         drop_factor=config.optim.drop_factor,
+        micro_batch=config.train.micro_batch,
     )
 
 

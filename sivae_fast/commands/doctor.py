@@ -191,7 +191,7 @@ def _clocks(ranks: Ranks, plan) -> tuple[str, str]:
 
 def _configuration(ranks: Ranks, plan: Plan | Trouble) -> tuple[str, str]:
     from sivae_fast.systems import make_schedule
-    from sivae_fast.training.loop import check_batches
+    from sivae_fast.training.iteration import check_batches
 
     def look() -> dict[str, str]:
         check_batches(plan.config, make_schedule(plan.config), ranks.world)

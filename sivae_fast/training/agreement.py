@@ -101,6 +101,16 @@ def on_all_ranks(make: Callable[[], Made]) -> Made:
     return made
 
 
+def everywhere(holds: bool) -> bool:
+    """Whether it holds on every rank. Collective."""
+    return all(_gather(holds))
+
+
+def of_first_rank(value: Made) -> Made:
+    """What rank 0 has. Collective."""
+    return _gather(value)[0]
+
+
 def check_parameters(model) -> None:
     """Raises RanksDiffer, on every rank, naming the first parameter whose bits differ. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -75,12 +75,15 @@ class TorchEngine:
     def parameters_changed(self) -> None:
         """To be called after parameters were written from outside."""
 
+    def sum_over_ranks(self, flat: Tensor) -> None:
+        dist.all_reduce(flat)
+
     def _average_gradients(self) -> None:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
+        self.sum_over_ranks(flat)
         flat /= dist.get_world_size()
         pieces = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
@@ -198,6 +201,13 @@ def deepspeed_config(zero: int, extra: dict) -> dict:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+
+
+def bucket_bytes(settings: dict) -> int:
+    """Memory of the buffers in which two DeepSpeed engines with ZeRO 1 or 2 reduce gradients, in float32."""
+    zero = settings.get("zero_optimization", {})
+    buffers = 2 if zero.get("overlap_comm") else 1
+    return 2 * buffers * 4 * int(zero.get("reduce_bucket_size", 500_000_000))
 
 
 def check_engine(kind: str, zero: int, settings: dict) -> None:

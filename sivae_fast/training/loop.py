@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from pathlib import Path
@@ -13,20 +12,19 @@ from torch import Tensor
 from sivae_fast.config import Config, ConfigError
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.growth import Schedule, Stage
-from sivae_fast.systems import error_function, make_data, make_model, make_objective, make_schedule
+from sivae_fast.systems import make_data, make_schedule
 from sivae_fast.training.agreement import check_same, data_facts, on_all_ranks, program_facts, run_facts
-from sivae_fast.training.averaging import Average
-from sivae_fast.training.compiling import compile_networks, forget_compiled
-from sivae_fast.training.engine import check_engine, deepspeed_missing, distributed, make_engine
+from sivae_fast.training.compiling import forget_compiled
+from sivae_fast.training.engine import check_engine, deepspeed_missing, distributed
+from sivae_fast.training.fitting import fitted
 from sivae_fast.training.guard import Diverged, Guard
+from sivae_fast.training.iteration import Iteration
 from sivae_fast.training.memory import keep_freed_memory
-from sivae_fast.training.meter import Meter, means
-from sivae_fast.training.optim import make_optimizer, set_learning_rate
-from sivae_fast.training.recompute import recompute
+from sivae_fast.training.meter import means
+from sivae_fast.training.optim import set_learning_rate
 from sivae_fast.training.recorder import Recorder
 from sivae_fast.training.resume import go_back, restore, state_of
 from sivae_fast.training.signals import Stopper
-from sivae_fast.training.step import Step, posterior_surrogate
 
 logger = logging.getLogger("sivae_fast")
 
@@ -43,17 +41,20 @@ def train(config: Config) -> Path:
         if rank:
             logger.setLevel(logging.ERROR)
         check_same(program_facts(config, kind, zero))
-        schedule = make_schedule(config)
-        check_batches(config, schedule, world)
-        trainer = Trainer(config, schedule, rank, world, device, kind, zero)
+        identity = config.identity()  # where the batch is found, it is no part of it
+        config = fitted(config, rank, world, device, kind, zero)
+        trainer = Trainer(config, make_schedule(config), rank, world, device, kind, zero, identity)
         try:
             return trainer.run()
         finally:
             trainer.close()
 
 
-class Trainer:
-    """Everything one process holds while it trains."""
+class Trainer(Iteration):
+    """Everything one process holds while it trains.
+
+    identity: by which the run is found again; None for that of `config`.
+    """
 
     def __init__(
         self,
@@ -64,46 +65,17 @@ class Trainer:
         device: torch.device,
         kind: str = "torch",
         zero: int = 0,
+        identity: str | None = None,
     ):
-        self.config, self.schedule = config, schedule
-        self.rank, self.world, self.device = rank, world, device
+        self.schedule, self.identity = schedule, identity or config.identity()
         if device.type == "cpu":
             keep_freed_memory()
         self.data = on_all_ranks(lambda: make_data(config, device, show=rank == 0))
         check_same(data_facts(self.data))
         self.facts = run_facts(config, self.data)
-        self.model = make_model(config).to(device)
-        self.objective = make_objective(config, self.data.input_shape).to(device)
-        self.step = Step(
-            self.model,
-            self.objective,
-            schedule=config.train.schedule,
-            fresh_draws=config.train.fresh_draws,
-            share_forward=_pieces(config, schedule.batch(0), world) == 1,
-            autocast=torch.bfloat16 if config.train.precision == "bf16" else None,
-            error=error_function(config),
-        )
-        optimizer = functools.partial(
-            make_optimizer,
-            implementation=config.optim.implementation,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            published_eps=config.optim.published_eps,
-        )
-        self.engines = {
-            side: make_engine(
-                self.model, side, optimizer, kind=kind, zero=zero, settings=config.engine.deepspeed
-            )
-            for side in ("encoder", "decoder")
-        }
-        half_life = config.average.half_life
-        self.average = Average(self.model, half_life) if half_life else None
-        if config.train.recompute:
-            recompute(self.model.recomputable_modules())
-        if config.train.compile:
-            compile_networks(self.model)
-        self.meter, self.guard = Meter(device), Guard(config)
-        self.images, self.lod, self.stage = 0, schedule.lod(0), schedule.at(0)
+        super().__init__(config, self.data.input_shape, rank, world, device, kind, zero)
+        self.guard = Guard(config)
+        self.lod, self.stage = schedule.lod(0), schedule.at(0)
         self.step_seconds = self.data_seconds = 0.0
         self.recorder = Recorder(self)
 
@@ -189,44 +161,6 @@ class Trainer:
         if getattr(self.objective, "beta_neg", None) != stage.beta_neg and self.objective.introspective:
             self.objective.beta_neg = stage.beta_neg
 
-    def iterate(self, x: Tensor, stage: Stage) -> None:
-        """One update of both networks from this rank's rows x [B / world, ...] of the global batch."""
-        pieces = _pieces(self.config, stage.batch, self.world)
-        self.step.shares_forward = self.step.may_share and pieces == 1
-        mine = Rows.all(stage.batch).part(self.rank, self.world)
-        parts = [
-            (part, Draws(self.config.train.seed, self.position, mine.part(i, pieces), self.device))
-            for i, part in enumerate(x.chunk(pieces))
-        ]
-        if not self.objective.introspective or self.images < self.config.train.warmup_images:
-            self._vae_iteration(parts)
-        else:
-            self._introspective_iteration(parts)
-
-    def _introspective_iteration(self, parts) -> None:
-        encoder, decoder = self.engines["encoder"], self.engines["decoder"]
-        kept = []
-        for x, draws in parts:
-            (loss, statistics), shared = self.step.encoder_phase(x, draws)
-            encoder.backward(loss / len(parts))
-            self.meter.add({"loss_encoder": loss, **statistics}, len(x))
-            kept.append(shared)
-        encoder.step()
-        for (x, draws), shared in zip(parts, kept, strict=True):
-            loss, statistics = self.step.decoder_phase(x, draws, shared)
-            decoder.backward(loss / len(parts))
-            self.meter.add({"loss_decoder": loss}, len(x))
-        decoder.step()
-
-    def _vae_iteration(self, parts) -> None:
-        for x, draws in parts:
-            (loss, statistics), posterior, cut = self.step.vae_phase(x, draws)
-            self.engines["decoder"].backward(loss / len(parts))
-            self.engines["encoder"].backward(posterior_surrogate(posterior, cut))
-            self.meter.add({"loss_vae": loss, **statistics}, len(x))
-        for engine in self.engines.values():
-            engine.step()
-
     def read_meter(self) -> dict[str, float]:
         """Means of the tick so far; raises Diverged where one is not finite. A collective call."""
         values = means(self.meter.totals())
@@ -236,32 +170,6 @@ class Trainer:
     def checkpoint(self, planned: bool) -> tuple[dict[str, Tensor], dict]:
         """What a resumed run needs, on every rank; a collective call."""
         return state_of(self, planned)
-
-
-def check_batches(config: Config, schedule: Schedule, world: int) -> None:
-    """Raises ConfigError where a level's global batch does not divide over ranks and micro-batches, or not in
-    pairs."""
-    first = schedule.lod(0)
-    for lod in range(first, schedule.levels):
-        batch = schedule._batch[lod]
-        if batch % world:
-            raise ConfigError(
-                f"train.batch={batch} (level {lod}) does not divide over {world} ranks: "
-                f"use a multiple of {world}, e.g. {-(-batch // world) * world}"
-            )
-        images = batch // world // _pieces(config, batch, world)
-        if getattr(config.model, "swapped_fakes", False) and images % 2:
-            raise ConfigError(
-                f"train.batch={batch} over {world} ranks goes in passes of {images} images: "
-                "model.swapped_fakes=true needs an even number"
-            )
-
-
-def _pieces(config: Config, batch: int, world: int) -> int:
-    """Micro-batches of one rank: the fewest equal ones of at most train.micro_batch images."""
-    local = batch // world
-    most = config.train.micro_batch or local
-    return next(n for n in range(1, local + 1) if local % n == 0 and local // n <= most)
 
 
 def engine_kind(config: Config) -> tuple[str, int]:

@@ -1,8 +1,15 @@
-"""Memory of the process, on a CPU."""
+"""Memory of the process, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sivae_fast.config import ConfigError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt in glibc's malloc.h
 _LARGEST_MMAP_THRESHOLD = 32 << 20
@@ -19,3 +26,28 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # not Linux with glibc
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_TRIM_THRESHOLD, 1 << 30))
+
+
+@contextmanager
+def limited(gpu: torch.device, option: str, share: float, reserved: int = 0) -> Iterator[None]:
+    """PyTorch runs out of memory at this share of what is free on the GPU now, less `reserved` bytes.
+
+    Raises ConfigError, naming the option that asks for it, where the device is a CPU.
+    """
+    if gpu.type != "cuda":
+        raise ConfigError(f"{option} fills the memory of a GPU, this run is on a CPU: give a number")
+    free, total = torch.cuda.mem_get_info(gpu)
+    usable = share * (free + torch.cuda.memory_reserved(gpu)) - reserved
+    before = torch.cuda.get_per_process_memory_fraction(gpu)
+    torch.cuda.set_per_process_memory_fraction(min(before, max(0.0, usable / total)), gpu)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, gpu)
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what no tensor uses any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -100,10 +100,10 @@ class Recorder:
             self._run.close()
 
     def _open(self) -> Run:
-        config = self._trainer.config
-        folder = None if config.run.new else Run.find(config.run.folder, config.run.name, config.identity())
+        config, identity = self._trainer.config, self._trainer.identity
+        folder = None if config.run.new else Run.find(config.run.folder, config.run.name, identity)
         if folder is None:
-            return Run.create(config.run.folder, config.run.name, config.to_dict(), config.identity())
+            return Run.create(config.run.folder, config.run.name, config.to_dict(), identity)
         run = Run.open(folder)
         run.write_config(config.to_dict())
         return run
