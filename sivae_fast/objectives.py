@@ -84,11 +84,10 @@ class Objective(nn.Module):
     logvar_clamp: (low, high) bounds on the log-variance, also in `reparameterize`, or None.
     fakes: weight of each fake source by name, in the order in which the phases take them; they sum to 1.
     single_launch: on NVIDIA GPUs, read every input once and write the gradients in the forward pass, where
-    that is
-        possible; see `kernels.introspective.phase`. Gains only where nothing scales the loss before backward.
+        that is possible; see `kernels.introspective.phase`. Gains only where nothing scales the loss before
+        backward.
     check: look at every phase's statistics and raise FloatingPointError where one is NaN or infinite. Waits
-    for
-        the device in every phase, and does nothing inside torch.compile: for debugging.
+        for the device in every phase, and does nothing inside torch.compile: for debugging.
 
     Gradients flow to every tensor of a term that requires them: the caller detaches what is to be detached.
     Statistics: `rec_<source>` and `kl_<source>` for the source "real" and every fake source of a phase,
@@ -251,8 +250,7 @@ class SoftIntroVAE(Objective):
     scale: positive, 1 / (number of values of one input) in the paper; the style-based model uses 5e-6.
     alpha: positive, 2 in the paper.
     gamma_r: weight of the decoder's reconstruction of fakes; 1e-8 in the published code. The bootstrap
-    variant
-        takes up to 1 and detaches nothing in its terms.
+        variant takes up to 1 and detaches nothing in its terms.
     Raising beta_neg weakens the push against fakes; it is the first thing to raise when a run diverges.
     Further options: see `Objective`.
     """
