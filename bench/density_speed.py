@@ -4,8 +4,8 @@
 
 Each contender runs in processes of its own, in turns, so that a change of the machine's load meets all.
 The numbers are best of the turns, in processor time of the process (what a quiet core would take) and in wall
-time. Before anything is timed, the losses of the first iterations are held against the plain ones. Beside them
-stands what the matrix products of one iteration take when each is repeated by itself, in a warm cache.
+time. Before anything is timed, the losses of the first iterations are held against the plain ones. Beside
+them stands what the matrix products of one iteration take when each is repeated by itself, in a warm cache.
 """
 
 from __future__ import annotations
