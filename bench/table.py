@@ -73,7 +73,7 @@ def _samples(found: dict) -> str:
         f"{density} **{value:.1f}** (VAE {kl[density, 'VAE']:.1f}, the data itself "
         f"{kl[density, 'the data itself']:.1f})"
         for (density, model), value in kl.items()
-        if model == "Soft-IntroVAE"
+        if model == "Soft-IntroVAE" and (density, "VAE") in kl
     ]
     return "; ".join(said)
 
