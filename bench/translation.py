@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from sivae_fast.checkpoint import load
 from sivae_fast.config import load_config
 from sivae_fast.data.factors import Factors, load_factors
+from sivae_fast.data.made_images import ACROSS, AWAY, COLOURS, SHAPES, TURNS
 from sivae_fast.evaluation import translation
 from sivae_fast.evaluation.reconstruction import load_lpips
 from sivae_fast.files import write_text
@@ -98,12 +100,41 @@ def measure(model, factors: Factors, errors: Errors) -> dict:
         },
         "swap": errors(decode(model, model.swap(z[givers], z[others])), truth),
         "reconstruction": errors(decode(model, z[factors.test]), images(factors.images[factors.test])),
+        "by_factor": by_factor(model, factors, z),
         "probe": {
             f"{factor} from {code}": translation.probe_accuracy(values, labels, factors.test)
             for code, values in (("class code", class_code), ("content code", content_code))
             for factor, labels in (("class", factors.classes), ("content", factors.contents))
         },
     }
+
+
+def by_factor(model, factors: Factors, z: Tensor, count: int = 200) -> dict[str, dict[str, float]]:
+    """MSE of swaps between made pictures that differ in one factor alone: to the right picture, and to the
+    other of the pair. Says which factor goes with the wrong code. z [n, Z]: means of all pictures.
+    """
+    sizes = {
+        "shape": len(SHAPES),
+        "colour": len(COLOURS),
+        "across": len(ACROSS),
+        "away": len(AWAY),
+        "direction": len(TURNS),
+    }
+    values = torch.cartesian_prod(*map(torch.arange, sizes.values()))  # in the order of the made pictures
+    strides = torch.tensor([math.prod([*sizes.values()][i + 1 :]) for i in range(len(sizes))])
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for i, (name, size) in enumerate(sizes.items()):
+        first = torch.randint(len(values), (count,), generator=generator)
+        turned = (values[first, i] + torch.randint(1, size, (count,), generator=generator)) % size
+        second = first + (turned - values[first, i]) * strides[i]
+        right, wrong = (first, second) if name in ("shape", "colour") else (second, first)
+        swapped = decode(model, model.swap(z[first], z[second]))
+        found[name] = {
+            key: translation.mse(swapped, images(factors.images[of])).mean().item()
+            for key, of in (("to_the_right", right), ("to_the_other", wrong))
+        }
+    return found
 
 
 def baselines(factors: Factors, errors: Errors) -> dict:

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,12 +39,27 @@ def test_translation(bench, monkeypatch, tmp_path):
     for name, row in found["runs"].items():
         assert row["processor_seconds"] > 0 and 0 < row["swap"]["mse"] < 0.2 and row["images"] == 48
         assert Image.open(f"found/translation_{name}.png").width > 6 * 96
+        assert all(0 < error < 0.2 for pair in row["by_factor"].values() for error in pair.values())
     assert found["baselines"]["truth of another pair"]["mse"] > found["baselines"]["mean image"]["mse"]
     before = found["runs"]["vae"]
     module.main(["--out", "found", "--only", "soft_introvae", "--set", *tiny])
     assert json.loads(Path("found/translation.json").read_text())["runs"]["vae"] == before
     with pytest.raises(FileNotFoundError, match=r"alexnet.*download"):
         module.main(["--lpips", "nowhere"])
+
+
+def test_errors_by_factor_of_a_model_that_knows_all(bench):
+    module = bench("translation")
+    factors = module.load_factors(None, 8)
+    codes = torch.stack([factors.classes, factors.contents], 1)
+    model = SimpleNamespace(
+        swap=lambda a, b: torch.stack([a[:, 0], b[:, 1]], 1),
+        decode=lambda z: module.images(factors.images[factors.find(*z.unbind(1))]),
+    )
+    found = module.by_factor(model, factors, codes, 20)
+    assert list(found) == ["shape", "colour", "across", "away", "direction"]
+    for errors in found.values():
+        assert errors["to_the_right"] == 0 < errors["to_the_other"]
 
 
 def test_lpips_where_its_weights_are_given(bench, monkeypatch):
