@@ -88,7 +88,7 @@ def introvae_values() -> dict[str, float]:
             f"IntroVAE's values come from {path}, which is not complete: run bench/density_grid.py"
         )
     best = record["settings"][0]
-    return {"beta_neg": 0.5, **{key: best[key] for key in ("beta_rec", "beta_kl", "margin")}}
+    return {key: best[key] for key in ("beta_rec", "beta_kl", "beta_neg", "margin")}
 
 
 def train(cell: Cell, runs: Path) -> None:
