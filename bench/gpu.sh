@@ -20,6 +20,7 @@ run() { # NAME COMMAND...: keeps the output, goes on after a failure
 }
 run tests python3 -m pytest -o addopts="" -q -m gpu --benchmark-skip --continue-on-collection-errors tests
 run losses python3 bench/losses.py --out "$out"
+run chains python3 bench/chains.py --out "$out"
 run step python3 bench/step.py --resolution "${RESOLUTION:-256}" --batches ${BATCHES:-8 16 32 64} \
   --out "$out/step-$device.json"
 run profile python3 bench/step_profile.py --config launch/configs/ffhq256.yaml --out "$out" \

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +13,12 @@ from torch import Tensor
 #: Tests set this: CPU tensors then go through the Triton kernels, which need Triton's interpreter for it.
 INTERPRET = False
 
-
-@cache
-def _triton_found() -> bool:
-    return find_spec("triton") is not None
+_TRITON_FOUND = find_spec("triton") is not None  # looked up once: torch.compile cannot trace the search
 
 
 def runs_triton(tensors: Sequence[Tensor]) -> bool:
     """Whether Triton kernels take these tensors: on a GPU, none of them float64."""
-    if not (tensors[0].is_cuda or INTERPRET) or not _triton_found():
+    if not (tensors[0].is_cuda or INTERPRET) or not _TRITON_FOUND:
         return False
     return all(tensor.dtype != torch.float64 for tensor in tensors)
 
@@ -55,6 +52,38 @@ def latent_block(latents: int) -> int:
 def latent_warps(block: int) -> int:
     """Eight latents a thread: 16 bytes of bf16."""
     return _warps(block // 256)
+
+
+class MapShape(NamedTuple):
+    """How the programs of a launch share maps [B, C, H, W]; the same for every batch, so are the results.
+
+    A program goes over `span` pixels of BLOCK_C channels of one sample, BLOCK_P pixels at a time; `chunks` of
+    them cover a map. Two 16-byte loads of a map a thread leave room for sums and for numbers a channel. Maps
+    of up to 32x32 are one chunk: the second time they are read, they are in the cache, and there are few
+    programs, so that each has more warps.
+    """
+
+    block_p: int
+    block_c: int
+    span: int
+    chunks: int
+    warps: int
+
+    @classmethod
+    def of(cls, channels: int, pixels: int, channels_last: bool, item_bytes: int) -> MapShape:
+        few = pixels <= 1024
+        most_warps = 8 if few else 4
+        tile = most_warps * 1024 // item_bytes
+        if channels_last:
+            block_c = min(32 if few else 64, power_of_2(channels))
+            block_p = min(tile // block_c, power_of_2(pixels))
+        else:
+            block_p = min(tile // 4, power_of_2(pixels))
+            block_c = min(tile // block_p, power_of_2(channels), 64)
+        tiles = -(-pixels // block_p)
+        most = 1 if few else min(max(tiles // 16, 1), 64)
+        span = -(-tiles // most) * block_p
+        return cls(block_p, block_c, span, -(-pixels // span), _warps(most_warps * block_p * block_c // tile))
 
 
 def _warps(nvidia: int) -> int:

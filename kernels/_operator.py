@@ -1,4 +1,4 @@
-"""A loss with its gradient as two operators that torch.compile does not look into."""
+"""A function with its gradient as two operators that torch.compile does not look into."""
 
 from __future__ import annotations
 
@@ -131,6 +131,6 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
 
 def refuse_second_derivative(*_):
     raise RuntimeError(
-        "second derivatives of the fused losses do not exist (create_graph=True, gradient penalties, "
-        "torch.func.hessian): use the formulas of sivae_fast.kernels.reference for them"
+        "second derivatives of the fused operators do not exist (create_graph=True, gradient penalties, "
+        "torch.func.hessian): use the formulas of sivae_fast.kernels.reference or kernels.style.reference"
     )

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sivae_fast.kernels.style import activate_normalize, fuses
+
 #: Under the square root of the encoder's channel statistics: a constant channel then has gradient 0, not NaN.
 DEVIATION_EPS = 1e-14
 ENCODER_NORM_EPS = 1e-5
@@ -60,13 +62,14 @@ def per_channel(channels: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(1, channels, 1, 1))
 
 
-def halve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def halve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """3x3 convolution, then 2x2 mean, as one 4x4 convolution of stride 2.
 
     Equal, borders included, at 4/9 of the multiplications. The 4x4 kernel is the mean of the four one-pixel
     shifts of `weight` [out, in, 3, 3].
     """
-    return F.conv2d(x, F.avg_pool2d(weight, 2, 1, 1), bias.flatten(), stride=2, padding=1)
+    bias = None if bias is None else bias.flatten()
+    return F.conv2d(x, F.avg_pool2d(weight, 2, 1, 1), bias, stride=2, padding=1)
 
 
 def double(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,52 +93,28 @@ def blur(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(x, kernel, None if bias is None else bias.flatten(), padding=1, groups=x.shape[1])
 
 
-class Moments(torch.autograd.Function):
-    """Biased variance and mean of every channel of every sample: [B, C, H, W] -> twice [B, C, 1, 1].
-
-    They are fp32 or wider. Saves nothing but `x` in its own dtype and goes over it once in the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if x.is_cuda:
-            variance, mean = torch.var_mean(wide, dim=(2, 3), correction=0, keepdim=True)
-        else:  # var_mean is not vectorised there: ten times slower than two passes
-            mean = wide.mean(dim=(2, 3), keepdim=True)
-            variance = (wide - mean).square_().mean(dim=(2, 3), keepdim=True)
-        ctx.save_for_backward(x, mean)
-        return variance, mean
-
-    @staticmethod
-    def backward(ctx, grad_variance: Tensor, grad_mean: Tensor) -> Tensor:
-        x, mean = ctx.saved_tensors
-        pixels = x.shape[2] * x.shape[3]
-        slope = grad_variance * (2 / pixels)
-        return torch.addcmul(grad_mean / pixels - slope * mean, x, slope).to(x.dtype)
-
-
 def statistics(variance: Tensor, mean: Tensor) -> Tensor:
     """What a style layer of the encoder sees: means, then standard deviations, [B, 2C]."""
-    return torch.cat([mean, (variance + DEVIATION_EPS).sqrt()], dim=1).flatten(1)
-
-
-def normalize(x: Tensor, variance: Tensor, mean: Tensor, eps: float) -> Tensor:
-    """Instance norm from given moments, in the dtype of `x`."""
-    scale = (variance + eps).rsqrt()
-    return torch.addcmul(-mean * scale, x, scale).to(x.dtype)
+    return torch.cat([mean, (variance + DEVIATION_EPS).sqrt()], dim=1)
 
 
 def lrelu(x: Tensor) -> Tensor:
     return F.leaky_relu_(x, SLOPE)
 
 
+def bias_places(x: Tensor, bias: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """`bias` for the convolution of `x`, or for the fused chain after it.
+
+    On a GPU a convolution adds its bias in a pass of its own over the map, on a CPU while it writes the map.
+    """
+    return (None, bias) if fuses(x) else (bias, None)
+
+
 class EncoderBlock(nn.Module):
     """[B, inputs, r, r] -> features [B, outputs, r/2, r/2] and this block's share of w [B, latent]."""
 
-    def __init__(self, inputs: int, outputs: int, latent: int, last: bool):
+    def __init__(self, inputs: int, outputs: int, latent: int):
         super().__init__()
-        self.last = last
         self.bias_1 = per_channel(inputs)
         self.bias_2 = per_channel(outputs)
         self.conv_1 = conv3(inputs, inputs)
@@ -145,16 +124,17 @@ class EncoderBlock(nn.Module):
         self.register_buffer("blur", blur_kernel(inputs), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = lrelu(self.conv_1.conv(x, self.bias_1))
-        variance, mean = Moments.apply(x)
-        w = self.style_1.linear(statistics(variance, mean))
-        x = blur(normalize(x, variance, mean, ENCODER_NORM_EPS), self.blur)
-        x = lrelu(halve(x, self.conv_2.weight, self.bias_2))
-        variance, mean = Moments.apply(x)
-        w = w + self.style_2.linear(statistics(variance, mean))
-        if not self.last:  # nobody looks at the features of the last block
-            x = normalize(x, variance, mean, ENCODER_NORM_EPS)
-        return x, w
+        inside, after = bias_places(x, self.bias_1)
+        x, w = self._normalized(self.conv_1.conv(x, inside), after, self.style_1)
+        x = blur(x, self.blur)
+        inside, after = bias_places(x, self.bias_2)
+        x, share = self._normalized(halve(x, self.conv_2.weight, inside), after, self.style_2)
+        return x, w + share
+
+    def _normalized(self, x: Tensor, bias: Tensor | None, style: Equalized) -> tuple[Tensor, Tensor]:
+        """Bias, leaky ReLU and instance norm, and the linear map of the statistics between the last two."""
+        x, variance, mean = activate_normalize(x, eps=ENCODER_NORM_EPS, bias=bias, slope=SLOPE, inplace=True)
+        return x, style.linear(statistics(variance, mean))
 
 
 class Encoder(nn.Module):
@@ -163,12 +143,11 @@ class Encoder(nn.Module):
     def __init__(self, widths: list[int], channels: int, latent: int):
         """`widths`: channels entering block 0 (full size), ..., leaving the last block."""
         super().__init__()
-        blocks = len(widths) - 1
         self.from_rgb = nn.ModuleList(
             Equalized(width, channels, 1, 1, fan_in=channels, bias=width) for width in widths[:-1]
         )
         self.blocks = nn.ModuleList(
-            EncoderBlock(widths[i], widths[i + 1], latent, last=i == blocks - 1) for i in range(blocks)
+            EncoderBlock(inputs, outputs, latent) for inputs, outputs in pairwise(widths)
         )
 
     def forward(self, x: Tensor, lod: int, blend: Tensor | None) -> Tensor:
@@ -212,25 +191,27 @@ class DecoderBlock(nn.Module):
         self.style_2 = linear(latent, 2 * outputs, gain=1)
 
     def forward(self, x: Tensor, styles: tuple[Tensor, Tensor], noise: tuple[Noise, Noise]) -> Tensor:
+        inside, after = bias_places(x, self.bias_1)
         if self.index > 0:
-            x = blur(double(x, self.conv_1.weight), self.blur, self.bias_1)
-        else:
-            x = x + self.bias_1
-        x = self._epilogue(x, self.bias_1, self.noise_weight_1, noise[0], self.style_1.linear(styles[0]))
-        x = self.conv_2.conv(x, self.bias_2)
-        return self._epilogue(x, self.bias_2, self.noise_weight_2, noise[1], self.style_2.linear(styles[1]))
+            x = blur(double(x, self.conv_1.weight), self.blur, inside)
+        elif inside is not None:
+            x = x + inside
+        x = self._modulated(x, (inside, after), self.noise_weight_1, noise[0], self.style_1.linear(styles[0]))
+        inside, after = bias_places(x, self.bias_2)
+        x = self.conv_2.conv(x, inside)
+        return self._modulated(
+            x, (inside, after), self.noise_weight_2, noise[1], self.style_2.linear(styles[1])
+        )
 
-    def _epilogue(self, x: Tensor, bias: Tensor, weight: Tensor, noise: Noise, style: Tensor) -> Tensor:
-        """Noise, leaky ReLU, instance norm and modulation; `x` already has its `bias`."""
-        if isinstance(noise, Tensor):
-            x = torch.addcmul(x, weight.to(x.dtype), noise.to(x.dtype))
-        elif noise == "bump":
-            x = x + bump(x - bias, self.index)
-        x = lrelu(x)
-        variance, mean = Moments.apply(x)
-        scale, shift = style[:, :, None, None].chunk(2, dim=1)
-        scale = (1 + scale) * (variance + DECODER_NORM_EPS).rsqrt()
-        return torch.addcmul(shift - mean * scale, x, scale).to(x.dtype)
+    def _modulated(self, x: Tensor, biases, weight: Tensor, noise: Noise, style: Tensor) -> Tensor:
+        """Noise, bias, leaky ReLU, instance norm and modulation; of `biases`, `x` has the first already."""
+        inside, after = biases
+        if noise == "bump":
+            x = x + bump(x if inside is None else x - inside, self.index)
+        noisy = {"noise": noise, "weight": weight} if isinstance(noise, Tensor) else {}
+        return activate_normalize(
+            x, eps=DECODER_NORM_EPS, bias=after, style=style, slope=SLOPE, inplace=True, **noisy
+        )[0]
 
 
 class Decoder(nn.Module):

@@ -5,6 +5,7 @@ import torch
 
 from sivae_fast import Posterior, SoftIntroVAE, Term
 from sivae_fast.kernels.introspective import phase
+from sivae_fast.kernels.style import activate_normalize
 from tests.kernels.losses import ROUNDING, SOFT_MEMBERS, chain, close, distinct, exact, leaves, soft, table
 
 pytestmark = [
@@ -181,3 +182,85 @@ def test_on_a_device_that_is_not_the_current_one():
     sources = leaves(chain((2, 50), 4, device="cuda:1"))
     loss, _ = phase(sources, SOFT_MEMBERS, table(soft(50), "cuda:1"))
     close(loss, exact(sources, SOFT_MEMBERS, table(soft(50)))[0], 2e-6)
+
+
+class MapChain:
+    """The style model's pointwise chain in bf16 at one of its sizes."""
+
+    def __init__(self, channels=64, side=256, batch=4):
+        torch.manual_seed(0)
+        new = lambda *size: torch.randn(size, device="cuda")
+        x = new(batch, channels, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
+        self.given = {
+            "x": x,
+            "bias": new(channels),
+            "noise": new(batch, 1, side, side),
+            "weight": new(channels),
+            "style": new(batch, 2 * channels),
+        }
+        self.wanted = [t.requires_grad_() for name, t in self.given.items() if name != "noise"]
+        self.by = [torch.randn_like(x), new(batch, channels), new(batch, channels)]
+
+    def run(self):
+        outputs = activate_normalize(**self.given, eps=1e-5)
+        return [*outputs, *torch.autograd.grad(outputs, self.wanted, self.by)]
+
+    def exact(self):
+        given = {n: t.detach().double().requires_grad_(n != "noise") for n, t in self.given.items()}
+        outputs = activate_normalize(**given, eps=1e-5)
+        wanted = [t for name, t in given.items() if name != "noise"]
+        return [*outputs, *torch.autograd.grad(outputs, wanted, [b.double() for b in self.by])]
+
+
+@pytest.mark.parametrize(("channels", "side"), [(64, 256), (128, 128), (512, 32), (512, 4)])
+def test_map_chains(channels, side):
+    chain = MapChain(channels, side)
+    first, second = chain.run(), chain.run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for got, want in zip(first, chain.exact(), strict=True):
+        close(got, want.detach().cpu(), 2 * ROUNDING[got.dtype])
+
+
+def test_no_map_chain_waits_for_the_device():
+    chain = MapChain()
+    chain.run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        chain.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_map_chain_follows_its_inputs():
+    chain = MapChain(128, 64)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        chain.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain.run()
+    with torch.no_grad():
+        chain.given["x"].mul_(-0.5)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, chain.run(), strict=True))
+
+
+def test_a_map_chain_compiled_by_inductor():
+    chain = MapChain(64, 64)
+    compiled = torch.compile(lambda given: activate_normalize(**given, eps=1e-5), fullgraph=True)
+    outputs = compiled(chain.given)
+    found = [*outputs, *torch.autograd.grad(outputs, chain.wanted, chain.by)]
+    assert all(torch.equal(a, b) for a, b in zip(found, chain.run(), strict=True))
+
+
+def test_a_map_chain_keeps_its_input_alone():
+    chain = MapChain()
+    chain.run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y, *moments = activate_normalize(**chain.given, eps=1e-5)
+    held = torch.cuda.memory_allocated() - before
+    assert held <= 1.01 * y.numel() * y.element_size() and moments[0].requires_grad

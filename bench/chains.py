@@ -1,0 +1,199 @@
+"""The pointwise chain of the style model: the project's operator beside plain PyTorch and torch.compile.
+
+    python bench/chains.py [--batches 8 16 32] [--config launch/configs/ffhq256.yaml]
+
+Decoder: bias, noise, leaky ReLU, instance norm, modulation. Encoder: bias, leaky ReLU, instance norm with the
+gradients of its moments. At the maps of every level of a configuration, in bf16 on a GPU and fp32 on a CPU;
+a version that misses float64 is not timed. `least_mib` is what two reads and one write of a map forward, four
+reads and one write backward, move. On a CPU the operator is the plain chain and has no rows of its own.
+Writes chains-<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measure import Captured, copy_bandwidth, machine, rounds, wall
+from torch import Tensor
+
+from sivae_fast.config import load_config
+from sivae_fast.files import write_text
+from sivae_fast.kernels.style import activate_normalize, reference
+
+CHAINS = ("decoder", "encoder")
+DIRECTIONS = ("forward", "backward", "both")
+#: Reads and writes of a map, at least.
+PASSES = {"forward": 3, "backward": 5, "both": 8}
+LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+Chain = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def plain(x, bias, noise, weight, style) -> tuple[Tensor, Tensor, Tensor]:
+    return reference(x, bias, noise, weight, style, 1e-8, 0.2)
+
+
+def fused(x, bias, noise, weight, style) -> tuple[Tensor, Tensor, Tensor]:
+    return activate_normalize(x, bias=bias, noise=noise, weight=weight, style=style, eps=1e-8)
+
+
+def providers(device: str) -> dict[str, Chain]:
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # a backward pass is timed by repeating it on one graph
+    found = {"plain": plain, "compile": torch.compile(plain, dynamic=False)}
+    return {**found, "fused": fused} if device == "cuda" else found
+
+
+def sizes(config: str) -> list[tuple[int, int]]:
+    """(channels, pixels of a side) of the maps at every level, the largest first."""
+    model = load_config(config, ["data.path=none"]).model
+    found, side, width = [], model.resolution, model.start_channels
+    while side >= 4:
+        found.append((min(width, model.max_channels), side))
+        side, width = side // 2, 2 * width
+    return found
+
+
+class Case:
+    """Inputs of a chain, channels-last, and the gradients of what comes out."""
+
+    def __init__(self, kind: str, batch: int, channels: int, side: int, dtype: torch.dtype, device: str):
+        generator = torch.Generator().manual_seed(0)
+        new = lambda *size: torch.randn(size, generator=generator).to(device)
+        x = new(batch, channels, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
+        self.inputs = [x, new(channels), None, None, None]
+        self.by = [torch.randn_like(x)]
+        if kind == "decoder":
+            self.inputs[2:] = new(batch, 1, side, side), new(channels), new(batch, 2 * channels)
+        else:
+            self.by += [new(batch, channels) for _ in range(2)]
+        self.require()
+
+    def require(self) -> None:
+        self.wanted = [self.inputs[i].requires_grad_() for i in (0, 1, 3, 4) if self.inputs[i] is not None]
+
+    def double(self) -> Case:
+        other = Case.__new__(Case)
+        other.inputs = [None if t is None else t.detach().double() for t in self.inputs]
+        other.by = [t.double() for t in self.by]
+        other.require()
+        return other
+
+    def backward(self, outputs) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs[: len(self.by)], self.wanted, self.by, retain_graph=True)
+
+
+def misses(run: Chain, case: Case, exact: list[Tensor]) -> float:
+    """Largest error of values and gradients against float64, over the largest entry of each."""
+    outputs = run(*case.inputs)
+    found = [*outputs, *case.backward(outputs)]
+    pairs = zip(found, exact, strict=True)
+    return max(((f.double() - e).abs().max() / e.abs().max()).item() for f, e in pairs)
+
+
+def call(run: Chain, case: Case, direction: str) -> Callable[[], object]:
+    if direction == "forward":
+        return lambda: run(*case.inputs)
+    if direction == "both":
+        return lambda: case.backward(run(*case.inputs))
+    outputs = run(*case.inputs)
+    return lambda: case.backward(outputs)
+
+
+def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> list[dict]:
+    """Rows of one case: every provider and direction."""
+    case = Case(kind, batch, channels, side, dtype, device)
+    wide = case.double()
+    outputs = plain(*wide.inputs)
+    exact = [*outputs, *wide.backward(outputs)]
+    del wide, outputs
+    base = {"chain": kind, "batch": batch, "channels": channels, "side": side}
+    rows, sound = [], {}
+    for name, run in providers(device).items():
+        error = misses(run, case, exact)
+        if error <= LIMITS[dtype]:
+            sound[name] = (run, error)
+        else:
+            rows.append({**base, "provider": name, "refused": "misses float64", "error": error})
+    del exact
+    for direction in DIRECTIONS:
+        calls = {name: [call(run, case, direction)] for name, (run, _) in sound.items()}
+        times = {"wall_ms": rounds({n: lambda c=c: wall(c, device, seconds) for n, c in calls.items()}, 3)}
+        if device == "cuda":
+            graphs = {name: Captured(each) for name, each in calls.items()}
+            times["gpu_ms"] = rounds({name: graph.seconds for name, graph in graphs.items()}, 5)
+        least = PASSES[direction] * case.inputs[0].numel() * case.inputs[0].element_size()
+        for name, (_, error) in sound.items():
+            row = {
+                **base,
+                "provider": name,
+                "direction": direction,
+                "error": error,
+                "least_mib": least / 2**20,
+            }
+            row |= {clock: 1e3 * found[name] for clock, found in times.items()}
+            if bandwidth:
+                row["percent_of_copy"] = 100 * least / (row["gpu_ms"] * 1e-3) / bandwidth
+            rows.append(row)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    clock = "gpu_ms" if any("gpu_ms" in row for row in rows) else "wall_ms"
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    lines = [f"| chain | map | batch | direction | {' | '.join(f'{name}, ms' for name in names)} |"]
+    lines.append("|---" * (4 + len(names)) + "|")
+    cases: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        if clock in row:
+            case = tuple(row[key] for key in ("chain", "channels", "side", "batch", "direction"))
+            cases.setdefault(case, {})[row["provider"]] = row[clock]
+    for (kind, channels, side, batch, direction), found in cases.items():
+        values = " | ".join(f"{found[name]:.4f}" if name in found else "refused" for name in names)
+        lines.append(f"| {kind} | {channels} x {side}x{side} | {batch} | {direction} | {values} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", default="launch/configs/ffhq256.yaml")
+    parser.add_argument("--batches", type=int, nargs="+", help="8 16 32; on the CPU 2")
+    parser.add_argument(
+        "--sides", type=int, nargs="+", help="of maps; all of the configuration's, on the CPU to 64"
+    )
+    parser.add_argument("--seconds", type=float, default=0.1, help="of each measurement")
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    bandwidth = copy_bandwidth() if device == "cuda" else None
+    largest = 256 if device == "cuda" else 64
+    rows = []
+    for channels, side in sizes(options.config):
+        if side not in (options.sides or range(largest + 1)):
+            continue
+        for batch in options.batches or ([8, 16, 32] if device == "cuda" else [2]):
+            for kind in CHAINS:
+                rows += measure(kind, batch, channels, side, dtype, device, options.seconds, bandwidth)
+            print(f"{channels} x {side}x{side}, batch {batch}", flush=True)
+    result = {
+        **machine(device),
+        "config": Path(options.config).stem,
+        "dtype": str(dtype).removeprefix("torch."),
+        "clock": "CUDA graph and wall" if device == "cuda" else "processor time, best of single calls",
+        "copy_gb_per_second": bandwidth and bandwidth / 1e9,
+        "not_measured": [] if device == "cuda" else ["the fused operator: it runs on a GPU alone"],
+        "rows": rows,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(options.out / f"chains-{device}.json", json.dumps(result, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

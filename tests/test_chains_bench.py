@@ -1,0 +1,50 @@
+"""The bench of the style model's chains refuses what is wrong and writes what it measured."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def chains(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    threads = torch.get_num_threads()
+    yield importlib.import_module("chains")
+    torch.set_num_threads(threads)
+    for name in ("chains", "measure"):
+        sys.modules.pop(name, None)
+
+
+def test_times_stand_beside_errors_and_what_is_wrong_gets_none(chains, tmp_path, monkeypatch, capsys):
+    def wrong(*inputs):
+        y, variance, mean = chains.plain(*inputs)
+        return 1.001 * y, variance, mean
+
+    monkeypatch.setattr(chains, "providers", lambda _: {"plain": chains.plain, "wrong": wrong})
+    config = str(ROOT / "launch/configs/ffhq256.yaml")
+    chains.main(
+        ["--config", config, "--sides", "4", "--batches", "2", "--seconds", "0", "--out", str(tmp_path)]
+    )
+    rows = json.loads((tmp_path / "chains-cpu.json").read_text())["rows"]
+    found = {(row["chain"], row["provider"], row.get("direction")) for row in rows}
+    assert found == {
+        (chain, *rest)
+        for chain in chains.CHAINS
+        for rest in (("wrong", None), *(("plain", direction) for direction in chains.DIRECTIONS))
+    }
+    assert all(row["wall_ms"] > 0 and row["error"] < 1e-4 for row in rows if row["provider"] == "plain")
+    assert all(row["refused"] and "wall_ms" not in row for row in rows if row["provider"] == "wrong")
+    forward = next(row for row in rows if row.get("direction") == "forward")
+    assert forward["least_mib"] == 3 * 4 * 2 * 512 * 16 / 2**20
+    assert "| decoder | 512 x 4x4 | 2 | both |" in capsys.readouterr().out
+
+
+def test_maps_are_those_of_the_configuration(chains):
+    found = chains.sizes(str(ROOT / "launch/configs/ffhq256.yaml"))
+    assert found == [(64, 256), (128, 128), (256, 64), (512, 32), (512, 16), (512, 8), (512, 4)]
