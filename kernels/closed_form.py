@@ -29,7 +29,7 @@ def reduce(batch: Batch, weights: Tensor, formula: Formula) -> tuple[Tensor, Ten
     r, k, statistic = statistics.unbind()
     _fill_errors(batch, sources, formula, r)
     _fill_kls(batch, sources, formula, k)
-    a, b, p, q = _as(statistics.dtype, weights).unsqueeze(2).unbind()
+    a, b, p, q = _columns(weights, statistics.dtype)
     members = [source[0] for source in sources]
     return _loss(members, (r * a).add_(k * b), p, q, statistic), statistics
 
@@ -67,9 +67,9 @@ def apply(
 
 def _fill_errors(batch: Batch, sources: Sequence[Sequence[int]], formula: Formula, r: Tensor) -> None:
     """r [sources, B] of every source, 0 where it has none; small batches of images all together."""
-    images = batch.images
+    images, dtype = batch.images, r.dtype
     if images and images[0].numel() < _SMALL and all(source[1] >= 0 for source in sources):
-        images = [_as(r.dtype, image) for image in images]
+        images = [_as(dtype, image) for image in images]
         x = torch.stack([images[source[1]] for source in sources])
         y = torch.stack([images[source[2]] for source in sources])
         torch.sum(_element_errors(x, y, formula), 2, out=r)
@@ -119,10 +119,11 @@ def _fill_kls(batch: Batch, sources: Sequence[Sequence[int]], formula: Formula, 
     if not batch.means:
         k.zero_()
         return
-    distance = torch.stack([_as(k.dtype, mean) for mean in batch.means]).square_()
+    dtype = k.dtype
+    distance = torch.stack([_as(dtype, mean) for mean in batch.means]).square_()
     if formula.prior_logvar:
         distance.mul_(math.exp(-formula.prior_logvar))
-    ratio = _ratio(torch.stack([_as(k.dtype, logvar) for logvar in batch.logvars]), formula)
+    ratio = _ratio(torch.stack([_as(dtype, logvar) for logvar in batch.logvars]), formula)
     terms = ratio.expm1().sub_(ratio).add_(distance)
     if len(batch.means) == len(k):
         torch.sum(terms, 2, out=k).mul_(_HALF)
@@ -164,8 +165,7 @@ def _share(member: int, u: Tensor, p: Tensor, q: Tensor, statistic: Tensor) -> T
 
 def _coefficients(members: Sequence[int], statistics: Tensor, weights: Tensor) -> Tensor:
     """Derivatives of the loss by r and by k of each source and sample, [2 sources, B]."""
-    table = _as(statistics.dtype, weights).unsqueeze(2)
-    (a, b, p, q), statistic = table.unbind(), statistics[2]
+    (a, b, p, q), statistic = _columns(weights, statistics.dtype), statistics[2]
     slope = p * q * statistic  # of the exponential sources, but for its sign
     for s, member in enumerate(members):
         if member == Member.LINEAR:
@@ -175,7 +175,22 @@ def _coefficients(members: Sequence[int], statistics: Tensor, weights: Tensor) -
         elif member == Member.BATCH_HINGE:
             u = a[s] * statistics[0, s] + b[s] * statistics[1, s]
             slope[s] = p[s].where(u.mean() < q[s], 0)
-    return (table[:2] * slope.div_(-slope.shape[1])).flatten(0, 1)
+    slope.div_(-slope.shape[1])
+    return torch.cat([a * slope, b * slope])
+
+
+def _columns(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Rows of the weights as columns [sources, 1] of `dtype`.
+
+    Kept with the tensor until it changes: making them is a tenth of a small phase.
+    """
+    if weights.is_inference():  # has no version
+        return _as(dtype, weights).unsqueeze(2).unbind()
+    state = id(weights), weights._version, dtype  # a copy of a tensor inherits what is kept with it
+    kept = getattr(weights, "_columns", None)
+    if kept is None or kept[0] != state:
+        weights._columns = kept = state, _as(dtype, weights.detach()).clone().unsqueeze(2).unbind()
+    return kept[1]
 
 
 def _add_pair(

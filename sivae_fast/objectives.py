@@ -157,6 +157,8 @@ class Objective(nn.Module):
         return [real, *[[w * part, w * c * self.beta_kl, 0.0, 0.0] for w in self.fakes.values()]]
 
     def _terms(self, real: Term, fakes: Sequence[Term], named: Mapping[str, Term]) -> dict[str, Term]:
+        if not named and len(fakes) == len(self.fakes):
+            return {"real": real, **dict(zip(self.fakes, fakes, strict=True))}
         terms = {"real": real, **dict(zip(self.fakes, fakes, strict=False)), **named}
         if len(fakes) + len(named) != len(self.fakes) or set(terms) != {"real", *self.fakes}:
             given = [f"{len(fakes)} by position", *named]

@@ -1,5 +1,6 @@
 """The objectives: published formulas, weights that change, compilation, errors."""
 
+import copy
 import subprocess
 import sys
 
@@ -127,6 +128,31 @@ def test_a_changed_weight_counts(name):
     for phase in ("encoder", "decoder"):
         same(getattr(objective, phase)(*terms), getattr(fresh, phase)(*terms).loss)
     same(objective.vae(terms[0]), fresh.vae(terms[0]).loss)
+
+
+def test_a_changed_weight_counts_after_use_in_copies_and_in_both_dtypes():
+    """What is kept of the weights between calls never outlives them."""
+    weights = {"beta_rec": 0.5, "beta_kl": 0.8, "scale": 0.02}
+    want = {n: SoftIntroVAE(beta_neg=n, **weights).encoder(*batch()).loss for n in (3.0, 5.0, 7.0)}
+    objective = SoftIntroVAE(beta_neg=3.0, **weights)
+    for value in (5.0, 3.0):
+        objective.beta_neg = value
+        same(objective.encoder(*batch()), want[value])
+        single = [
+            Term(t.target.float(), t.prediction.float(), Posterior(*(p.float() for p in t.posterior)))
+            for t in batch()
+        ]
+        assert objective.encoder(*single).loss.item() == pytest.approx(want[value].item(), rel=1e-5)
+    twin = copy.deepcopy(objective)
+    for _ in range(2):  # as many changes as the original has seen
+        twin.beta_neg = 7.0
+    same(twin.encoder(*batch()), want[7.0])
+    same(objective.encoder(*batch()), want[3.0])
+    with torch.inference_mode():
+        made_there = SoftIntroVAE(beta_neg=5.0, **weights)
+        for value in (5.0, 7.0):
+            made_there.beta_neg = value
+            same(made_there.encoder(*batch()), want[value])
 
 
 def test_half_precision_modules_keep_exact_weights():
