@@ -1,10 +1,12 @@
 """A phase on the CPU: the definition against the formulas written out, the operator against the
 definition."""
 
+import copy
+
 import pytest
 import torch
 
-from sivae_fast.kernels import reference
+from sivae_fast.kernels import closed_form, reference
 from sivae_fast.kernels.introspective import phase
 from sivae_fast.kernels.reference import RECONSTRUCTIONS, Member, Source
 from tests.kernels.losses import (
@@ -197,3 +199,15 @@ def test_empty_batch():
         ValueError, match=r"target of real has shape \[0, 3, 4\], must be \[B, ...\] with no dim"
     ):
         phase(mapped(GOOD, lambda t: t[:0]), SOFT_MEMBERS, table(SOFT), names=["real", "rec", "fake"])
+
+
+def test_what_is_kept_with_weights_is_not_taken_for_a_copy_that_changed_as_often():
+    weights = torch.rand(4, 3, dtype=torch.float64)
+    for _ in range(5):
+        weights.mul_(2)
+    closed_form._columns(weights, torch.float64)
+    twin = copy.deepcopy(weights)
+    while twin._version < weights._version:
+        twin.add_(1)
+    assert twin._version == weights._version
+    torch.testing.assert_close(torch.cat(closed_form._columns(twin, torch.float64), 1).T, twin)
