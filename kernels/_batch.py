@@ -62,18 +62,18 @@ def pack(sources: Sequence[Source], members: Sequence[int]):
     """(images, means, logvars, errors, layout) of a phase; a tensor that two pairs share is listed once."""
     images, means, logvars, errors, layout = [], [], [], [], []
 
-    def place_of(image: Tensor | None) -> int:
-        if image is None:
-            return -1
-        for i, known in enumerate(images):
-            if known is image:
-                return i
-        images.append(image)
-        return len(images) - 1
+    places: dict[int, int] = {}
+
+    def place_of(image: Tensor) -> int:
+        place = places.setdefault(id(image), len(images))
+        if place == len(images):
+            images.append(image)
+        return place
 
     for source, member in zip(sources, members, strict=True):
-        target, prediction = place_of(source.target), place_of(source.prediction)
-        posterior = error = -1
+        target = prediction = posterior = error = -1
+        if source.target is not None:
+            target, prediction = place_of(source.target), place_of(source.prediction)
         if source.mean is not None:
             posterior = len(means)
             means.append(source.mean)
@@ -94,7 +94,7 @@ def channels_last(images: Sequence[Tensor]) -> bool:
 
 def image_rows(images: Sequence[Tensor]) -> list[Tensor]:
     """Images [B, ...] as [B, N], all in one order of elements; copied only where their layouts differ."""
-    if all(image.is_contiguous() for image in images):
+    if all(map(Tensor.is_contiguous, images)):
         return [image if image.dim() == 2 else image.view(image.shape[0], -1) for image in images]
     if channels_last(images):
         images = [image.movedim(1, -1) for image in images]
@@ -103,6 +103,8 @@ def image_rows(images: Sequence[Tensor]) -> list[Tensor]:
 
 def rows(tensor: Tensor) -> Tensor:
     """[B, ...] as [B, N] of unit stride within a row; any stride between rows."""
+    if tensor.dim() == 2 and tensor.is_contiguous():
+        return tensor
     flat = tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[0], -1)
     return flat if flat.shape[1] == 1 or flat.stride(1) == 1 else flat.contiguous()
 
