@@ -62,13 +62,12 @@ def pack(sources: Sequence[Source], members: Sequence[int]):
     """(images, means, logvars, errors, layout) of a phase; a tensor that two pairs share is listed once."""
     images, means, logvars, errors, layout = [], [], [], [], []
 
-    places: dict[int, int] = {}
-
     def place_of(image: Tensor) -> int:
-        place = places.setdefault(id(image), len(images))
-        if place == len(images):
-            images.append(image)
-        return place
+        for i, known in enumerate(images):
+            if known is image:
+                return i
+        images.append(image)
+        return len(images) - 1
 
     for source, member in zip(sources, members, strict=True):
         target = prediction = posterior = error = -1
