@@ -13,7 +13,15 @@ from torch import Tensor
 #: Tests set this: CPU tensors then go through the Triton kernels, which need Triton's interpreter for it.
 INTERPRET = False
 
-_TRITON_FOUND = find_spec("triton") is not None  # looked up once: torch.compile cannot trace the search
+
+def _found(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ImportError:  # of a finder that blocks packages
+        return False
+
+
+_TRITON_FOUND = _found("triton")  # looked up once: torch.compile cannot trace the search
 
 
 def runs_triton(tensors: Sequence[Tensor]) -> bool:
