@@ -22,23 +22,32 @@ from sivae_fast.contract import Model
 from sivae_fast.training.agreement import reasons_shared
 from sivae_fast.training.meeting import meeting_point
 from sivae_fast.training.optim import parameter_groups
+from sivae_fast.training.reduction import Reduction
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 class TorchEngine:
-    """Plain PyTorch: gradients averaged over ranks in one flat all-reduce."""
+    """Plain PyTorch: gradients averaged over ranks while the backward pass goes on."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer):
         self.parameters, self.optimizer = parameters, optimizer
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.reduction = Reduction([*parameters.values()]) if several else None
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a scalar loss; call once for each micro-batch."""
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Adds the gradients of a scalar loss; call once for each micro-batch.
+
+        last: no other micro-batch follows before `step`.
+        """
+        if last and self.reduction:
+            self.reduction.begin()
         loss.backward()
 
     def step(self) -> None:
         """Averages the gradients over ranks, updates the parameters and clears the gradients."""
-        self._average_gradients()
+        if self.reduction:
+            self.reduction.finish()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -75,19 +84,6 @@ class TorchEngine:
     def parameters_changed(self) -> None:
         """To be called after parameters were written from outside."""
 
-    def sum_over_ranks(self, flat: Tensor) -> None:
-        dist.all_reduce(flat)
-
-    def _average_gradients(self) -> None:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        self.sum_over_ranks(flat)
-        flat /= dist.get_world_size()
-        pieces = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
-
 
 class DeepSpeedEngine:
     """DeepSpeed with ZeRO 0, 1 or 2 over float32 weights."""
@@ -112,7 +108,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> None:
@@ -182,7 +178,8 @@ def make_engine(
 ) -> TorchEngine | DeepSpeedEngine:
     """Engine of one side ("encoder" or "decoder"); `make_optimizer(groups)` builds its optimizer."""
     groups = parameter_groups(model, side)
-    parameters = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
+    own = {name for group in groups for name in group["names"]}
+    parameters = {name: p for name, p in model.named_parameters() if name in own}
     optimizer = make_optimizer(groups)
     if kind == "torch":
         return TorchEngine(parameters, optimizer)

@@ -60,7 +60,7 @@ class Rehearsal(Iteration):
     def __init__(self, config: Config, data, rank: int, world: int, device: torch.device):
         super().__init__(config, data.input_shape, rank, world, device)
         for engine in self.engines.values():
-            engine.sum_over_ranks = lambda flat: None
+            engine.reduction = None
         self.images = config.train.warmup_images  # the iterations from there on take more
         self._data = data
         self._rows = next(data.batches(0, lambda _: 4 * world, rank, world))

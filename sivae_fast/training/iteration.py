@@ -88,23 +88,23 @@ class Iteration:
     def _introspective_iteration(self, parts) -> None:
         encoder, decoder = self.engines["encoder"], self.engines["decoder"]
         kept = []
-        for x, draws in parts:
+        for i, (x, draws) in enumerate(parts, 1):
             (loss, statistics), shared = self.step.encoder_phase(x, draws)
-            encoder.backward(loss / len(parts))
+            encoder.backward(loss / len(parts), last=i == len(parts))
             self.meter.add({"loss_encoder": loss, **statistics}, len(x))
             kept.append(shared)
         encoder.step()
-        for (x, draws), shared in zip(parts, kept, strict=True):
+        for i, ((x, draws), shared) in enumerate(zip(parts, kept, strict=True), 1):
             loss, statistics = self.step.decoder_phase(x, draws, shared)
-            decoder.backward(loss / len(parts))
+            decoder.backward(loss / len(parts), last=i == len(parts))
             self.meter.add({"loss_decoder": loss}, len(x))
         decoder.step()
 
     def _vae_iteration(self, parts) -> None:
-        for x, draws in parts:
+        for i, (x, draws) in enumerate(parts, 1):
             (loss, statistics), posterior, cut = self.step.vae_phase(x, draws)
-            self.engines["decoder"].backward(loss / len(parts))
-            self.engines["encoder"].backward(posterior_surrogate(posterior, cut))
+            self.engines["decoder"].backward(loss / len(parts), last=i == len(parts))
+            self.engines["encoder"].backward(posterior_surrogate(posterior, cut), last=i == len(parts))
             self.meter.add({"loss_vae": loss, **statistics}, len(x))
         for engine in self.engines.values():
             engine.step()

@@ -1,0 +1,103 @@
+"""Gradients that are averaged over two ranks while the backward pass goes on."""
+
+import multiprocessing
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sivae_fast.training import reduction
+from sivae_fast.training.reduction import Reduction
+
+
+def networks() -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+
+def loss_of(layers, used, x, log=None):
+    for i in used:
+        x = layers[i](x)
+        if log is not None:
+            x.register_hook(lambda gradient, i=i: log.append(f"layer {i}") or gradient)
+        x = x.tanh()
+    return x.square().sum()
+
+
+#: The layers of each iteration: the set changes, grows and shrinks as with levels of detail.
+ITERATIONS = ((0, 1, 2, 3), (0, 1, 2, 3), (1, 2), (1, 2), (0, 1, 2), (0, 1, 2))
+
+
+def one_rank(rank: int, file: str, answers) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    reduction.BUCKET_BYTES = 8 * 9 * 4  # one layer
+    layers, log = networks(), []
+    mine = Reduction([*layers.parameters()])
+    send = dist.all_reduce
+    dist.all_reduce = lambda flat, **options: log.append(f"sent {flat.numel()}") or send(flat, **options)
+    found = []
+    for number, used in enumerate(ITERATIONS):
+        x = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(number))[rank]
+        loss_of(layers, used, x[0]).backward()
+        log.clear()  # nothing may have been sent by then
+        if number != 3:  # begin() makes it earlier, never different
+            mine.begin()
+        loss_of(layers, used, x[1], log).backward()
+        log.append("backward is over")
+        mine.finish()
+        found.append(([None if p.grad is None else p.grad.clone() for p in layers.parameters()], [*log]))
+        for parameter in layers.parameters():
+            parameter.grad = None
+    if rank == 0:
+        answers.put([([None if g is None else g.tolist() for g in grads], log) for grads, log in found])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found():
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "meeting")
+        ranks = [context.Process(target=one_rank, args=(rank, file, answers)) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        try:
+            return answers.get(timeout=120)
+        finally:
+            for rank in ranks:
+                rank.join(20)
+                rank.kill()
+
+
+@pytest.mark.parametrize("number", range(len(ITERATIONS)))
+def test_gradients_are_means_over_ranks_and_sums_over_passes(found, number):
+    layers, used = networks(), ITERATIONS[number]
+    x = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(number))
+    for rank in range(2):
+        for part in x[rank]:
+            (loss_of(layers, used, part) / 2).backward()
+    for parameter, gradient in zip(layers.parameters(), found[number][0], strict=True):
+        assert (parameter.grad is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(torch.tensor(gradient), parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bucket_is_sent_while_layers_below_are_differentiated(found):
+    second = found[1][1]
+    assert second.index("sent 72") < second.index("layer 1") < second.index("backward is over")
+    assert [line for line in second if line.startswith("sent")] == ["sent 72"] * 4
+    assert found[0][1].index("backward is over") < found[0][1].index("sent 72")  # nothing is known yet
+
+
+def test_layers_that_leave_and_join_are_sent_once(found):
+    for number, used in enumerate(ITERATIONS):
+        sent = [int(line.split()[1]) for line in found[number][1] if line.startswith("sent")]
+        assert sum(sent) == 72 * len(used)
+    without_begin = found[3][1]
+    assert without_begin.index("backward is over") < without_begin.index("sent 72")
