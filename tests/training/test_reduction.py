@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sivae_fast.config import make_config
+from sivae_fast.growth import Stage
 from sivae_fast.training import reduction
+from sivae_fast.training.iteration import Iteration
 from sivae_fast.training.reduction import Reduction
 
 
@@ -58,13 +61,13 @@ def one_rank(rank: int, file: str, answers) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def found():
+def of_two_ranks(program):
+    """What `program` of rank 0 answers."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "meeting")
-        ranks = [context.Process(target=one_rank, args=(rank, file, answers)) for rank in range(2)]
+        ranks = [context.Process(target=program, args=(rank, file, answers)) for rank in range(2)]
         for rank in ranks:
             rank.start()
         try:
@@ -73,6 +76,11 @@ def found():
             for rank in ranks:
                 rank.join(20)
                 rank.kill()
+
+
+@pytest.fixture(scope="module")
+def found():
+    return of_two_ranks(one_rank)
 
 
 @pytest.mark.parametrize("number", range(len(ITERATIONS)))
@@ -101,3 +109,31 @@ def test_layers_that_leave_and_join_are_sent_once(found):
         assert sum(sent) == 72 * len(used)
     without_begin = found[3][1]
     assert without_begin.index("backward is over") < without_begin.index("sent 72")
+
+
+def one_rank_of_training(rank: int, file: str, answers) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    reduction.BUCKET_BYTES = 4000
+    model = {
+        "resolution": 8, "start_channels": 4, "max_channels": 8, "latent_size": 8, "mapping_layers": 2
+    }  # fmt: skip
+    objective = {"beta_neg": 16.0, "scale": 0.01}
+    config = make_config({"model": model, "objective": objective, "growth": {"images_per_level": 0}})
+    training, early = Iteration(config, (3, 8, 8), rank, 2, torch.device("cpu")), []
+    for engine in training.engines.values():
+        mine, finish = engine.reduction, engine.reduction.finish
+        engine.reduction.finish = lambda m=mine, f=finish: (early.append((m._next, len(m._buckets))), f())
+    for _ in range(2):
+        training.iterate(torch.randn(4, 3, 8, 8), Stage(1, 1.0, 8, 1e-3, 16.0))
+    if rank == 0:
+        answers.put(early)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_all_is_on_its_way_when_the_backward_pass_of_a_training_iteration_ends():
+    """Freezing and thawing the networks between the phases takes no hook away."""
+    first_encoder, first_decoder, encoder, decoder = of_two_ranks(one_rank_of_training)
+    assert first_encoder == first_decoder == (0, 0)
+    assert encoder[0] == encoder[1] > 1 and decoder[0] == decoder[1] > 1
