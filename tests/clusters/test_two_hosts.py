@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import ROOT, TINY, environment, image_folder, launch, listeners
-from tests.training.test_distributed import FLOOR, largest_difference, start, weights
+from tests.training.test_distributed import FLOOR, STEADY, largest_difference, start, weights
 
 __all__ = ["image_folder", "launch", "start"]
 
@@ -138,8 +138,8 @@ def ticks(folder: Path, name: str) -> list[dict]:
 @pytest.mark.cluster
 @pytest.mark.parametrize("kind, zero", [("torch", 0), ("deepspeed", 1)])
 def test_two_hosts_equal_one_process(hosts, launch, image_folder, start, kind, zero):
-    launch(run__name="one")
-    engine = {"engine.kind": kind, "engine.zero": zero}
+    launch(run__name="one", **STEADY)
+    engine = {"engine.kind": kind, "engine.zero": zero, "optim.eps": STEADY["optim__eps"]}
     hosts.start("train.py", {**TINY, "data.path": image_folder, "run.name": "two", **engine})
     assert hosts.wait(240) == [0, 0], hosts.output(0).read_text()[-3000:]
     one, two = weights(launch.folder, "one"), weights(launch.folder, "two")
