@@ -25,9 +25,7 @@ class Reduction:
         self._parameters = [*parameters][::-1]
         self._buckets: list[list[nn.Parameter]] = []
         self._bucket_of: dict[nn.Parameter, int] = {}
-        self._missing: list[int] | None = (
-            None  # gradients to be made of each bucket, in the last backward pass
-        )
+        self._missing: list[int] | None = None  # gradients of each bucket, while the last backward pass runs
         self._next = 0  # bucket to be sent
         self._sent: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
         for parameter in parameters:
