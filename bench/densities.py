@@ -64,7 +64,7 @@ class Cell(NamedTuple):
         if self.objective == "vae":
             values |= dict(zip(("beta_rec", "beta_kl"), VAE[self.density], strict=True))
         elif self.objective == "introvae":
-            values |= introvae_values()
+            values |= introvae_values(self.density)
         objective = [f"objective.{key}={value}" for key, value in values.items()]
         return [*objective, f"train.seed={self.seed}", f"run.name={self}", f"run.folder={runs}"]
 
@@ -79,8 +79,8 @@ class Cell(NamedTuple):
         return Run.find(config.run.folder, config.run.name, config.identity())
 
 
-def introvae_values() -> dict[str, float | str]:
-    """The best of bench/density_grid.py, beside the weights of the configs: nothing is published."""
+def introvae_values(density: str) -> dict[str, float | str]:
+    """The best of bench/density_grid.py: nothing is published."""
     path = RESULTS / "density_grid.json"
     record = json.loads(path.read_text()) if path.exists() else {"settings": [], "of": 1}
     if len(record["settings"]) < record["of"]:
@@ -88,7 +88,10 @@ def introvae_values() -> dict[str, float | str]:
             f"IntroVAE's values come from {path}, which is not complete: run bench/density_grid.py"
         )
     best = record["settings"][0]
-    return {key: best[key] for key in ("hinge", "beta_neg", "margin")}
+    weights = (
+        dict(zip(("beta_rec", "beta_kl"), VAE[density], strict=True)) if best["weights"] == "vae" else {}
+    )
+    return {**weights, **{key: best[key] for key in ("hinge", "beta_neg", "margin")}}
 
 
 def train(cell: Cell, runs: Path) -> None:
