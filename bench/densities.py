@@ -82,12 +82,12 @@ class Cell(NamedTuple):
 def introvae_values(density: str) -> dict[str, float | str]:
     """The best of bench/density_grid.py: nothing is published."""
     path = RESULTS / "density_grid.json"
-    record = json.loads(path.read_text()) if path.exists() else {"settings": [], "of": 1}
-    if len(record["settings"]) < record["of"]:
+    record = json.loads(path.read_text()) if path.exists() else {"runs": [], "of": 1}
+    if len(record["runs"]) < record["of"]:
         raise SystemExit(
             f"IntroVAE's values come from {path}, which is not complete: run bench/density_grid.py"
         )
-    best = record["settings"][0]
+    best = min((row for row in record["runs"] if row["density"] == density), key=lambda row: row["kl_nats"])
     weights = (
         dict(zip(("beta_rec", "beta_kl"), VAE[density], strict=True)) if best["weights"] == "vae" else {}
     )
