@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +45,15 @@ class Stream:
     def __init__(self, seed: int, rows: Rows, device: torch.device | str = "cpu"):
         self.rows = rows
         self.device = torch.device(device)
-        self._generator = torch.Generator(self.device).manual_seed(seed)
-        self._host = random.Random(seed)
+        #: None before the first draw on the device
+        self.generator: torch.Generator | None = None
+        self.restart(seed)
+
+    def restart(self, seed: int) -> None:
+        """From here on the numbers of a new stream of `seed`."""
+        self._seed, self._host = seed, None
+        if self.generator is not None:
+            self.generator.manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers of `shape`; `shape[0]` is the number of rows of this pass."""
@@ -57,37 +65,71 @@ class Stream:
 
     def shared_normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers of `shape`, the same for every row and rank."""
-        return torch.randn(shape, generator=self._generator, device=self.device, dtype=dtype)
+        return torch.randn(shape, generator=self._on_device(), device=self.device, dtype=dtype)
 
     def coin(self, probability: float) -> bool:
         """True with `probability`; one host-side draw for the whole global batch."""
-        return self._host.random() < probability
+        return self._on_host().random() < probability
 
     def integer(self, low: int, high: int) -> int:
         """Uniform in low, ..., high (both included); one host-side draw for the whole global batch."""
-        return self._host.randint(low, high)
+        return self._on_host().randint(low, high)
+
+    def index(self, low: int, high: int) -> Tensor:
+        """The number `integer` draws, as int64, 0-dim, on the device: a captured graph can follow it."""
+        return torch.full((), self.integer(low, high), device=self.device)
+
+    # Most streams draw on the device alone, some not at all, and seeding takes a while.
+    def _on_host(self) -> random.Random:
+        if self._host is None:
+            self._host = random.Random(self._seed)
+        return self._host
+
+    def _on_device(self) -> torch.Generator:
+        if self.generator is None:
+            self.generator = torch.Generator(self.device).manual_seed(self._seed)
+        return self.generator
 
     def _rows_of(self, draw, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if shape[0] != len(self.rows):
             raise ValueError(f"asked for {shape[0]} rows, this pass has {len(self.rows)}")
-        whole = draw(
-            (self.rows.total, *shape[1:]), generator=self._generator, device=self.device, dtype=dtype
-        )
+        size = (self.rows.total, *shape[1:])
+        whole = draw(size, generator=self._on_device(), device=self.device, dtype=dtype)
         return whole[self.rows.start : self.rows.stop]
+
+
+def stream_seed(seed: int, images: int, name: str) -> int:
+    """The seed of the stream `name` of the iteration at `images`; 63 bits."""
+    digest = hashlib.blake2b(f"{seed}/{images}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 class Draws:
     """All random numbers of one iteration: `draws.stream("decode/fake").normal(8, 512)`.
 
     The same (seed, images, name) always gives the same numbers, whatever else was drawn before.
+    make_stream(name, rows): where streams come from; None makes new ones.
     """
 
-    def __init__(self, seed: int, images: int, rows: Rows, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        seed: int,
+        images: int,
+        rows: Rows,
+        device: torch.device | str = "cpu",
+        make_stream: Callable[[str, Rows], Stream] | None = None,
+    ):
         self.seed, self.images, self.rows, self.device = seed, images, rows, device
+        self._make_stream = make_stream
 
     def stream(self, name: str) -> Stream:
-        digest = hashlib.blake2b(f"{self.seed}/{self.images}/{name}".encode(), digest_size=8).digest()
-        return Stream(int.from_bytes(digest, "big") >> 1, self.rows, self.device)
+        if self._make_stream:
+            return self._make_stream(name, self.rows)
+        return Stream(stream_seed(self.seed, self.images, name), self.rows, self.device)
+
+    def over(self, rows: Rows) -> Draws:
+        """The same draws, seen by other rows of the global batch."""
+        return Draws(self.seed, self.images, rows, self.device, self._make_stream)
 
 
 class Joined:

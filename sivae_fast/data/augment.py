@@ -21,7 +21,7 @@ def shift_pixels(batch: Tensor, down: Tensor, right: Tensor, fill: int = 255) ->
     each = torch.arange(len(batch), device=batch.device)[:, None, None]
     moved = batch[each, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    return torch.where(inside[..., None], moved, moved.new_tensor(fill))
+    return torch.where(inside[..., None], moved, fill)
 
 
 def shift_hue(x: Tensor, turn: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def _rings(stream: Stream, images: int) -> Tensor:
     quarter = total // 4
     index = (total * stream.uniform(total)).floor().clamp(max=total - 1)
     ring = (index / quarter).floor().clamp(max=3)
-    points_on_ring = torch.where(ring < 3, quarter, total - 3 * quarter)
+    points_on_ring = quarter + (total - 4 * quarter) * (ring == 3)
     angle = 2 * math.pi * (index - ring * quarter) / points_on_ring
     return (3 - 0.75 * ring)[:, None] * _on_circle(angle) + 0.08 * stream.normal(total, 2)
 
@@ -127,7 +127,7 @@ class Density:
     def to_input(self, batch: Rows, draws: Draws, lod: int = 0, blend: float = 1.0) -> Tensor:
         """Points [len(batch), 2] of the global batch that `draws` stands at, on its device."""
         # The global batch is drawn whole: a mirrored arm or a ring's angle depends on rows of other ranks.
-        whole = Draws(draws.seed, draws.images, Rows.all(batch.total), draws.device)
+        whole = draws.over(Rows.all(batch.total))
         return self._draw(whole.stream("data"), draws.images)[batch.start : batch.stop]
 
     def sample(self, count: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:

@@ -32,7 +32,7 @@ class Held:
     ) -> Iterator[Tensor]:
         """This rank's rows of every batch from `start` images seen on, endless."""
         for indices in self._sampler.requests(start, batch_at, rank, world):
-            yield self.items[torch.from_numpy(indices).to(self.items.device)]
+            yield self.items[torch.from_numpy(indices).to(self.items.device, non_blocking=True)]
 
     def first(self, count: int) -> Tensor:
         """The same `count` items in every run; all of them where there are fewer."""

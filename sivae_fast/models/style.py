@@ -143,9 +143,9 @@ class StyleModel(Model):
         styles = self._tracked(self.styles(z))
         mixing = self.training if mixing is None else mixing
         if mixing and stream.coin(self.style_mixing):
-            cutoff = stream.integer(1, 2 * (self.lod + 1))
-            second = self.styles(stream.normal(*z.shape, dtype=z.dtype))
-            styles = torch.cat([styles[:, :cutoff], second[:, cutoff:]], dim=1)
+            layers = torch.arange(2 * (self.lod + 1), device=z.device)[:, None]
+            finer = layers >= stream.index(1, len(layers))
+            styles = torch.where(finer, self.styles(stream.normal(*z.shape, dtype=z.dtype)), styles)
         return self.synthesize(styles, stream, noise=noise, truncation=truncation)
 
     def styles(self, z: Tensor) -> Tensor:
