@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -14,45 +15,56 @@ LOSSES = ("loss_encoder", "loss_decoder", "loss_vae")
 class Meter:
     """Means over the images of a tick, on all ranks.
 
-    Nothing is copied to the host until `read`; the sums can be saved and restored, so that a run that is
-    interrupted within a tick still reports what an uninterrupted one does.
+    Nothing is copied to the host until `totals`; the sums can be saved and restored, so that a run that is
+    interrupted within a tick still reports what an uninterrupted one does. They are added up in place: a
+    captured graph goes on adding to the same memory.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Tensor] = {}
 
+    @torch.no_grad()
     def add(self, values: dict[str, Tensor], count: int) -> None:
         """Adds per-sample values [count], or means over `count` samples (0-dim)."""
-        for name, value in values.items():
-            total = value.detach().double().sum() * (count if value.ndim == 0 else 1)
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._counts[name] = self._counts.get(name, 0) + count
+        self._know(values)
+        table = torch.stack([value.expand(count) for value in values.values()])
+        sums = table.sum(1, dtype=torch.float64)
+        torch._foreach_add_([self._sums[name] for name in values], [*sums.unbind()])
+        torch._foreach_add_([self._counts[name] for name in values], count)
 
     def totals(self) -> dict[str, tuple[float, int]]:
         """(sum, count) by name over all ranks; a collective call that waits for the device."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        table = torch.stack([self._sums[name] for name in names])
-        counts = torch.tensor([self._counts[n] for n in names], dtype=torch.float64, device=table.device)
-        table = torch.stack([table, counts])
+        table = torch.stack([torch.stack([kind[n] for n in names]) for kind in (self._sums, self._counts)])
         if dist.is_initialized():
             dist.all_reduce(table)
-        sums, counts = table.tolist()
-        return {name: (sums[i], int(counts[i])) for i, name in enumerate(names)}
+        return {
+            name: (total, int(count))
+            for name, total, count in zip(names, *table.tolist(), strict=True)
+            if count
+        }
 
     def restore(self, totals: dict[str, tuple[float, int]], first_rank: bool) -> None:
         """Starts from saved totals; they are given to one rank, since `totals` adds up the ranks."""
-        self._sums = {
-            name: torch.tensor(value if first_rank else 0.0, dtype=torch.float64, device=self.device)
-            for name, (value, _) in totals.items()
-        }
-        self._counts = {name: count if first_rank else 0 for name, (_, count) in totals.items()}
+        self._know(totals)
+        self.clear()
+        for name, (total, count) in totals.items() if first_rank else ():
+            self._sums[name].fill_(total)
+            self._counts[name].fill_(count)
 
     def clear(self) -> None:
-        self._sums, self._counts = {}, {}
+        for value in (*self._sums.values(), *self._counts.values()):
+            value.zero_()
+
+    def _know(self, names: Iterable[str]) -> None:
+        for name in names:
+            for kind in (self._sums, self._counts):
+                if name not in kind:
+                    kind[name] = torch.zeros((), dtype=torch.float64, device=self.device)
 
 
 def means(totals: dict[str, tuple[float, int]]) -> dict[str, float]:
