@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sivae_fast.contract import Model
 from sivae_fast.training.agreement import reasons_shared
 from sivae_fast.training.meeting import meeting_point
-from sivae_fast.training.optim import parameter_groups
+from sivae_fast.training.optim import parameter_groups, set_steps, steps_of
 from sivae_fast.training.reduction import Reduction
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
@@ -54,8 +54,7 @@ class TorchEngine:
     def clear_state(self) -> None:
         """Forgets moments and step counts, as at a switch of the level of detail."""
         self.optimizer.state.clear()
-        for group in self.optimizer.param_groups:
-            group["t"] = 0
+        set_steps(self.optimizer, 0)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Full moments by parameter name, {} before the first step; a collective call on every rank."""
@@ -67,12 +66,11 @@ class TorchEngine:
 
     def steps(self) -> int:
         """Optimizer steps since the state was cleared."""
-        return self.optimizer.param_groups[0]["t"]
+        return steps_of(self.optimizer)
 
     def load_state(self, state: dict[str, dict[str, Tensor]], steps: int) -> None:
         self.clear_state()
-        for group in self.optimizer.param_groups:
-            group["t"] = steps
+        set_steps(self.optimizer, steps)
         for name, moments in state.items():
             parameter = self.parameters[name]
             self.optimizer.state[parameter] = {
@@ -116,11 +114,10 @@ class DeepSpeedEngine:
 
     def clear_state(self) -> None:
         self.optimizer.state.clear()
-        for group in self.optimizer.param_groups:
-            group["t"] = 0
+        set_steps(self.optimizer, 0)
 
     def steps(self) -> int:
-        return self.optimizer.param_groups[0]["t"]
+        return steps_of(self.optimizer)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         if not self.zero:
@@ -142,8 +139,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_set_full_optimizer_state as set_full
 
         self.clear_state()
-        for group in self.optimizer.param_groups:
-            group["t"] = steps
+        set_steps(self.optimizer, steps)
         if not state:
             return
         for flat in self._engine.optimizer.single_partition_of_fp32_groups:

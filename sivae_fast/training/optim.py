@@ -7,11 +7,15 @@ The published rule is Adam with beta1 = 0 and eps added to the *uncorrected* roo
 which is any Adam whose eps is eps / sqrt(1 - beta2^t) at step t. So every implementation (PyTorch fused,
 DeepSpeed, apex) follows it exactly through a hook that sets eps before each step. The factor f of a parameter
 (equalised learning rate) is the factor of its parameter group.
+
+A number of the host would be frozen into a captured graph. There `DeviceAdam` takes over, which has the step
+count and the rates on the device.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections import defaultdict
 
 import torch
@@ -46,14 +50,18 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     published_eps: bool = False,
+    on_device: bool = False,
 ) -> torch.optim.Optimizer:
     """Adam over `groups`. published_eps: eps is added to the uncorrected root (module docstring).
 
+    on_device: `DeviceAdam`, for captured graphs; PyTorch's implementation only.
     Raises RuntimeError when an implementation cannot be constructed here; it says what to use instead.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"optim.implementation is {implementation!r}, must be one of {IMPLEMENTATIONS}")
     device = groups[0]["params"][0].device
+    if on_device:
+        return DeviceAdam(groups, betas=tuple(betas), eps=eps, published_eps=published_eps)
     common = {"lr": 0.0, "betas": tuple(betas), "eps": eps}
     if implementation == "torch":
         optimizer = torch.optim.Adam(groups, fused=_fused_works(device), **common)
@@ -65,9 +73,94 @@ def make_optimizer(
     return optimizer
 
 
+class DeviceAdam(torch.optim.Optimizer):
+    """PyTorch's fused Adam, with one step count and the learning rates in memory of the device.
+
+    A captured step counts by itself and follows `set_rates`. With `published_eps` the correction of the rates
+    is computed on the device, too, and PyTorch's kernel is told an endless number of steps, after which it
+    corrects nothing.
+    """
+
+    def __init__(
+        self, groups: list[dict], *, betas: tuple[float, float], eps: float, published_eps: bool = False
+    ):
+        super().__init__(groups, {"betas": betas, "eps": eps})
+        device = self.param_groups[0]["params"][0].device
+        self._betas, self._eps, self._published = betas, eps, published_eps
+        self._steps = torch.zeros((), device=device)
+        self._endless = torch.full((), math.inf, device=device)
+        self._known = [0.0] * len(self.param_groups)
+        self._rates = torch.zeros(len(self.param_groups), dtype=torch.float64, device=device)
+        # In what the kernel reads: float32 on a GPU, any precision on a CPU.
+        kind = torch.float64 if device.type == "cpu" else torch.float32
+        self._used = torch.zeros_like(self._rates, dtype=kind)
+        for group in self.param_groups:
+            group["t"] = self._steps
+
+    def set_rates(self, rates: list[float]) -> None:
+        """The learning rate of each group from now on; does not wait for the device."""
+        if rates == self._known:
+            return
+        self._known = rates
+        for i, rate in enumerate(rates):
+            self._rates[i].fill_(rate)
+            self._used[i].fill_(rate)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        (beta1, beta2), eps = self._betas, self._eps
+        self._steps += 1
+        if self._published:
+            steps = self._steps.double()
+            self._used.copy_(self._rates * ((1 - beta2**steps).sqrt() / (1 - beta1**steps)))
+        count = self._endless if self._published else self._steps
+        for group, rate in zip(self.param_groups, self._used.unbind(), strict=True):
+            trained = [p for p in group["params"] if p.grad is not None]
+            moments = [self._moments(p) for p in trained]
+            if trained:
+                torch._fused_adam_(
+                    trained,
+                    [p.grad for p in trained],
+                    [first for first, _ in moments],
+                    [second for _, second in moments],
+                    [],
+                    [count] * len(trained),
+                    lr=rate,
+                    beta1=beta1,
+                    beta2=beta2,
+                    weight_decay=0.0,
+                    eps=eps,
+                    amsgrad=False,
+                    maximize=False,
+                )
+
+    def _moments(self, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        return state["exp_avg"], state["exp_avg_sq"]
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the rate of all groups, times their factors."""
+    if isinstance(optimizer, DeviceAdam):
+        optimizer.set_rates([rate * group["factor"] for group in optimizer.param_groups])
+        return
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
+
+
+def steps_of(optimizer: torch.optim.Optimizer) -> int:
+    """Steps since the state was cleared; waits for the device where they are counted there."""
+    return int(optimizer.param_groups[0]["t"])
+
+
+def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["t"], torch.Tensor):
+            group["t"].fill_(steps)
+        else:
+            group["t"] = steps
 
 
 def _count(optimizer: torch.optim.Optimizer, eps: float, published_eps: bool) -> None:

@@ -43,6 +43,41 @@ def test_published_rule_with_factors():
         torch.testing.assert_close(parameters[name].detach(), expected[name], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999)])
+def test_counting_on_the_device_is_the_same_rule(published, betas):
+    """Two factors, a change of the rate, a cleared state; in float64."""
+
+    def run(on_device):
+        random = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)
+        weights = [draw(5, 7).requires_grad_() for _ in range(3)]
+        groups = [{"params": weights[:2], "factor": 1.0}, {"params": weights[2:], "factor": 0.3}]
+        optimizer = make_optimizer(
+            groups, betas=betas, eps=1e-3, published_eps=published, on_device=on_device
+        )
+        engine = TorchEngine({str(i): weight for i, weight in enumerate(weights)}, optimizer)
+        for steps, rate in ((3, 1e-2), (4, 3e-3)):
+            set_learning_rate(optimizer, rate)
+            for _ in range(steps):
+                for weight in weights[: 2 if rate == 1e-2 else 3]:
+                    weight.grad = draw(5, 7)
+                engine.step()
+            assert engine.steps() == steps
+            moments = engine.state()
+            engine.clear_state()
+            assert engine.steps() == 0 and not engine.state()
+        engine.load_state(moments, 4)
+        for weight in weights:
+            weight.grad = draw(5, 7)
+        engine.step()
+        assert engine.steps() == 5
+        return [weight.detach() for weight in weights]
+
+    for a, b in zip(run(False), run(True), strict=True):
+        torch.testing.assert_close(a, b, rtol=0 if not published else 1e-14, atol=1e-15 if published else 0)
+
+
 def test_groups_hold_every_parameter_once():
     model = small_model()
     named = dict(model.named_parameters())
