@@ -174,6 +174,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: bool = Field(False, description="style model: less memory, more time")
     compile: bool = Field(False, description="style model: networks through torch.compile, level by level")
+    graphs: bool = Field(False, description="each iteration as one CUDA graph; one GPU, engine.kind=torch")
     schedule: Literal["minimal", "published"] = "minimal"
     fresh_draws: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
@@ -339,6 +340,7 @@ class Config(Section):
         kept["train"].pop("micro_batch")
         kept["train"].pop("recompute")
         kept["train"].pop("compile")
+        kept["train"].pop("graphs")
         for name in ("loader", "workers", "cache_gib"):
             kept["data"].pop(name, None)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

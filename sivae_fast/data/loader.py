@@ -131,7 +131,7 @@ class ImageLoader:
         requests = self._sampler.requests(start, batch_at, rank, world)
         return self._cache.stream(requests, self._decoder) if self._cache else self._decoder.stream(requests)
 
-    def to_input(self, batch: Tensor, draws: Draws, lod: int, blend: float) -> Tensor:
+    def to_input(self, batch: Tensor, draws: Draws, lod: int, blend: float | Tensor) -> Tensor:
         """What the model encodes: float32 [B, C, r, r] on draws.device, r = 4 * 2^lod (pixels.to_input)."""
         level = {"resolution": 4 << lod, "blend": blend} if self.grows else {}
         return pixels.to_input(batch, draws, signed=self.signed, **level, **self._random)

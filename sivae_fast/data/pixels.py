@@ -15,7 +15,7 @@ def to_input(
     draws: Draws | None,
     *,
     resolution: int | None = None,
-    blend: float = 1.0,
+    blend: float | Tensor = 1.0,
     flip: bool = True,
     signed: bool = True,
     shift: float = 0.0,
@@ -27,10 +27,10 @@ def to_input(
     `batch` is uint8 [B, R, R, C]. Each image is mirrored with probability 1/2 where `flip` (draws named
     "data"), brought to `resolution` r = R / 2^k by exact 2x2 means, and mapped to [-1, 1] (x / 127.5 - 1)
     where `signed`, else to [0, 1]. While a level is faded in, the result is blend * x + (1 - blend) *
-    nearest2(mean2(x)). Before all that, each image moves by up to `shift` of its side both ways (whole
-    pixels, white borders) and turns its hue by up to `hue` of the circle, each with its own uniform
-    numbers (draws named "data/augment"). `draws` None leaves out what is random. The device is that of
-    `draws` unless given.
+    nearest2(mean2(x)); `blend` may be a tensor, 0-dim, on the device. Before all that, each image moves by
+    up to `shift` of its side both ways (whole pixels, white borders) and turns its hue by up to `hue` of the
+    circle, each with its own uniform numbers (draws named "data/augment"). `draws` None leaves out what is
+    random. The device is that of `draws` unless given.
     """
     if device is None:
         device = batch.device if draws is None else draws.device
@@ -54,7 +54,7 @@ def to_input(
         mirrored = draws.stream("data").uniform(x.shape[0]) < 0.5
         x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
     x = x / 127.5 - 1 if signed else x / 255
-    if blend < 1:
+    if isinstance(blend, Tensor) or blend < 1:
         coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
         x = torch.lerp(coarse, x, blend)
     return x.contiguous(memory_format=torch.channels_last)

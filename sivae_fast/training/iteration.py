@@ -51,6 +51,7 @@ class Iteration:
             betas=config.optim.betas,
             eps=config.optim.eps,
             published_eps=config.optim.published_eps,
+            on_device=config.train.graphs,
         )
         self.engines = {
             side: make_engine(
@@ -71,16 +72,27 @@ class Iteration:
         """Where the batch stands in the endless sequence of data and random numbers."""
         return self.images
 
-    def iterate(self, x: Tensor, stage: Stage) -> None:
-        """One update of both networks from this rank's rows x [B / world, ...] of the global batch."""
+    @property
+    def warming_up(self) -> bool:
+        """Whether the networks are trained as a plain VAE now."""
+        return not self.objective.introspective or self.images < self.config.train.warmup_images
+
+    def draws(self, rows: Rows, make_stream=None) -> Draws:
+        """The random numbers of this iteration for these rows of the global batch."""
+        return Draws(self.config.train.seed, self.position, rows, self.device, make_stream)
+
+    def iterate(self, x: Tensor, stage: Stage, make_stream=None) -> None:
+        """One update of both networks from this rank's rows x [B / world, ...] of the global batch.
+
+        make_stream: as of `Draws`.
+        """
         pieces = stage.pieces(self.world)
         self.step.shares_forward = self.step.may_share and pieces == 1
         mine = Rows.all(stage.batch).part(self.rank, self.world)
         parts = [
-            (part, Draws(self.config.train.seed, self.position, mine.part(i, pieces), self.device))
-            for i, part in enumerate(x.chunk(pieces))
+            (part, self.draws(mine.part(i, pieces), make_stream)) for i, part in enumerate(x.chunk(pieces))
         ]
-        if not self.objective.introspective or self.images < self.config.train.warmup_images:
+        if self.warming_up:
             self._vae_iteration(parts)
         else:
             self._introspective_iteration(parts)
@@ -90,24 +102,29 @@ class Iteration:
         kept = []
         for i, (x, draws) in enumerate(parts, 1):
             (loss, statistics), shared = self.step.encoder_phase(x, draws)
-            encoder.backward(loss / len(parts), last=i == len(parts))
+            encoder.backward(_mean(loss, parts), last=i == len(parts))
             self.meter.add({"loss_encoder": loss, **statistics}, len(x))
             kept.append(shared)
         encoder.step()
         for i, ((x, draws), shared) in enumerate(zip(parts, kept, strict=True), 1):
             loss, statistics = self.step.decoder_phase(x, draws, shared)
-            decoder.backward(loss / len(parts), last=i == len(parts))
+            decoder.backward(_mean(loss, parts), last=i == len(parts))
             self.meter.add({"loss_decoder": loss}, len(x))
         decoder.step()
 
     def _vae_iteration(self, parts) -> None:
         for i, (x, draws) in enumerate(parts, 1):
             (loss, statistics), posterior, cut = self.step.vae_phase(x, draws)
-            self.engines["decoder"].backward(loss / len(parts), last=i == len(parts))
+            self.engines["decoder"].backward(_mean(loss, parts), last=i == len(parts))
             self.engines["encoder"].backward(posterior_surrogate(posterior, cut), last=i == len(parts))
             self.meter.add({"loss_vae": loss, **statistics}, len(x))
         for engine in self.engines.values():
             engine.step()
+
+
+def _mean(loss: Tensor, parts: list) -> Tensor:
+    """This part's share of the mean over all: no division, and no launch for it, where there is one."""
+    return loss / len(parts) if len(parts) > 1 else loss
 
 
 def check_batches(config: Config, schedule: Schedule, world: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from pathlib import Path
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from sivae_fast.config import Config, ConfigError
-from sivae_fast.draws import Draws, Rows
+from sivae_fast.draws import Rows
 from sivae_fast.growth import Schedule, Stage
 from sivae_fast.systems import make_data, make_schedule
 from sivae_fast.training.agreement import check_same, data_facts, on_all_ranks, program_facts, run_facts
 from sivae_fast.training.compiling import forget_compiled
 from sivae_fast.training.engine import check_engine, deepspeed_missing, distributed
 from sivae_fast.training.fitting import fitted
+from sivae_fast.training.graphs import Graphs, check_graphs
 from sivae_fast.training.guard import Diverged, Guard
 from sivae_fast.training.iteration import Iteration
 from sivae_fast.training.memory import keep_freed_memory
@@ -40,6 +42,7 @@ def train(config: Config) -> Path:
     with distributed(kind, config.engine.timeout_seconds) as (rank, world, device):
         if rank:
             logger.setLevel(logging.ERROR)
+        check_graphs(config, kind, world, device)
         check_same(program_facts(config, kind, zero))
         identity = config.identity()  # where the batch is found, it is no part of it
         config = fitted(config, rank, world, device, kind, zero)
@@ -74,8 +77,10 @@ class Trainer(Iteration):
         check_same(data_facts(self.data))
         self.facts = run_facts(config, self.data)
         super().__init__(config, self.data.input_shape, rank, world, device, kind, zero)
+        self.graphs = Graphs(config.train.seed, device) if config.train.graphs else None
         self.guard = Guard(config)
         self.lod, self.stage = schedule.lod(0), schedule.at(0)
+        self._blend = torch.ones((), device=device)
         self.step_seconds = self.data_seconds = 0.0
         self.recorder = Recorder(self)
 
@@ -130,12 +135,11 @@ class Trainer(Iteration):
         started = time.perf_counter()
         batch = next(batches)
         loaded = time.perf_counter()
-        rows = Rows.all(stage.batch).part(self.rank, self.world)
-        draws = Draws(self.config.train.seed, self.position, rows, self.device)
-        x = self.data.to_input(batch, draws, stage.lod, stage.blend)
-        self.iterate(x, stage)
-        if self.average:
-            self.average.update(stage.batch)
+        update = functools.partial(self._update, stage)
+        if self.graphs:
+            self.graphs.run(self._key(stage, batch), update, batch, self.position)
+        else:
+            update(batch)
         epochs = self.images // len(self.data)
         self.images += stage.batch
         for epoch in range(epochs, self.images // len(self.data)):
@@ -143,11 +147,31 @@ class Trainer(Iteration):
         self.data_seconds += loaded - started
         self.step_seconds += time.perf_counter() - loaded
 
+    def _update(self, stage: Stage, batch, make_stream=None) -> None:
+        """Everything an iteration does on the device."""
+        rows = Rows.all(stage.batch).part(self.rank, self.world)
+        blend = 1.0 if stage.blend == 1 else self._blend
+        x = self.data.to_input(batch, self.draws(rows, make_stream), stage.lod, blend)
+        self.iterate(x, stage, make_stream)
+        if self.average:
+            self.average.update(stage.batch)
+
+    def _key(self, stage: Stage, batch) -> tuple:
+        """Equal where `_update` does the same to other numbers on the device."""
+        form = (batch.shape, batch.dtype) if isinstance(batch, Tensor) else batch
+        return stage.lod, stage.blend == 1, stage.batch, stage.micro_batch, self.warming_up, form
+
+    def forget_graphs(self) -> None:
+        """To be called when the optimizers' state was replaced."""
+        if self.graphs:
+            self.graphs.forget()
+
     def _enter(self, stage: Stage) -> None:
         """Level, rates and weights of this moment; optimizer state does not survive a level switch."""
         if stage.lod != self.lod:
             for engine in self.engines.values():
                 engine.clear_state()
+            self.forget_graphs()
             self.lod = stage.lod
             if self.config.train.compile:
                 forget_compiled()
@@ -156,6 +180,7 @@ class Trainer(Iteration):
                 "level %d (%d pixels) from %s images on", stage.lod, 4 << stage.lod, f"{self.images:,}"
             )
         self.model.set_level(stage.lod, stage.blend)
+        self._blend.fill_(stage.blend)
         for engine in self.engines.values():
             set_learning_rate(engine.optimizer, stage.learning_rate)
         if getattr(self.objective, "beta_neg", None) != stage.beta_neg and self.objective.introspective:

@@ -63,6 +63,7 @@ def restore(trainer, planned: bool = False) -> bool:
         moments = {key: part(tensors, f"{side}/{key}") for key in ("exp_avg", "exp_avg_sq")}
         by_name = {n: {key: values[n] for key, values in moments.items()} for n in moments["exp_avg"]}
         engine.load_state(by_name, state["steps"][side])
+    trainer.forget_graphs()
     if trainer.average:
         trainer.average.load(part(tensors, "average"))
     trainer.images, trainer.lod = state["images"], state["lod"]
