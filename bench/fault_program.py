@@ -87,7 +87,7 @@ def plant(fault: dict) -> None:
         append_line(events, {"event": "fault", "at": time.time()})
         FAULTS[fault["kind"]](trainer, fault)
 
-    def faulty(trainer, x, stage) -> None:
+    def faulty(trainer, x, stage, *streams) -> None:
         if trainer.rank == 0:
             now = {"images": trainer.images, "process": os.getpid(), "at": time.time()}
             append_line(events, {"event": "iteration", **now})
@@ -98,7 +98,7 @@ def plant(fault: dict) -> None:
             _before_decoder(trainer, strike)
         if trainer.rank == fault["rank"] and trainer.images == fault.get("until"):
             subprocess.run(["umount", str(trainer.recorder.checkpoints)], check=True)
-        iterate(trainer, x, stage)
+        iterate(trainer, x, stage, *streams)
 
     Trainer.iterate = faulty
 

@@ -94,8 +94,8 @@ def spoilt(monkeypatch):
     def spoil(at: int, factor: float) -> None:
         iterate = Trainer.iterate
 
-        def faulty(trainer, x, stage):
-            iterate(trainer, x * factor if trainer.position == at else x, stage)
+        def faulty(trainer, x, stage, *streams):
+            iterate(trainer, x * factor if trainer.position == at else x, stage, *streams)
 
         monkeypatch.setattr(Trainer, "iterate", faulty)
 

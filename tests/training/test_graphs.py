@@ -4,6 +4,7 @@ The graphs are emulated (`tests.training.emulated`); what only a GPU can show is
 """
 
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from sivae_fast.growth import Schedule
 from sivae_fast.systems import make_schedule
 from sivae_fast.training import graphs
 from sivae_fast.training.loop import Trainer
-from sivae_fast.training.resume import state_of
+from sivae_fast.training.resume import restore, state_of
 from tests.training.emulated import EmulatedRecorder
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -177,6 +178,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(system, stop, emulated, make):
     parts = run("parts", 240)
     assert_same(whole, parts)
     assert sum(replays(parts)) > 3
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_return_to_a_checkpoint_leaves_graphs_behind(forgets, emulated, make, monkeypatch):
+    """They hold the optimizers' state from before the return: kept, they would train on with it."""
+    straight, returned = advance(make("residual"), 20), advance(make("residual"), 12)
+    returned.recorder._save_checkpoint(planned=True)
+    advance(returned, 5)
+    if not forgets:
+        monkeypatch.setattr(returned, "forget_graphs", lambda: None)
+    assert restore(returned) and returned.images == 96
+    advance(returned, 8)
+    with nullcontext() if forgets else pytest.raises(AssertionError, match="model/encoder"):
+        assert_same(straight, returned)
 
 
 def _frozen_rate(patch, trainer):
