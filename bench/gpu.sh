@@ -23,6 +23,7 @@ run losses python3 bench/losses.py --out "$out"
 run chains python3 bench/chains.py --out "$out"
 run step python3 bench/step.py --resolution "${RESOLUTION:-256}" --batches ${BATCHES:-8 16 32 64} \
   --out "$out/step-$device.json"
+run small python3 bench/small.py --out "$out/small-$device.json"
 run profile python3 bench/step_profile.py --config launch/configs/ffhq256.yaml --out "$out" \
   data.path=quickstart data.loader=torch train.precision=bf16 model.resolution="${RESOLUTION:-256}"
 run memory python3 bench/memory.py --resolution "${RESOLUTION:-256}" --batches 4 8 16 --out "$out"

@@ -1,5 +1,6 @@
 """The step bench times nothing that does not compute the published update."""
 
+import copy
 import importlib
 import json
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from sivae_fast.training import graphs
+from tests.training.emulated import EmulatedRecorder
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -31,6 +35,20 @@ def test_a_different_update_is_noticed_and_not_timed(step, monkeypatch):
     monkeypatch.setattr(step, "measure", lambda *_: pytest.fail("timed"))
     with pytest.raises(SystemExit, match="no timing"):
         step.main()
+
+
+def test_a_captured_step_is_the_eager_one(step, monkeypatch):
+    monkeypatch.setattr(graphs, "CudaRecorder", EmulatedRecorder)
+    torch.manual_seed(0)
+    model = step.StyleModel(8, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2)
+    x = torch.randn(4, 3, 8, 8)
+    eager, captured = (step.Ours(copy.deepcopy(model), graphs=on) for on in (False, True))
+    for images in range(12):
+        for iteration in (eager, captured):
+            iteration(x, step.Draws(0, images, step.Rows.all(4)))
+    pairs = zip(eager.model.parameters(), captured.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert sum(graph.replays for graph in captured.graphs._recorder.graphs) >= 6
 
 
 def test_a_result_names_every_provider(step, monkeypatch, tmp_path):

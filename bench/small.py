@@ -1,0 +1,211 @@
+"""Iterations a second of the small systems, where launches decide: plain, eager, captured as CUDA graphs.
+
+    python bench/small.py --out bench/results/small-cuda.json
+
+The density model at batch 512 and the residual model at 32x32 and batch 32, as their configurations have
+them, data included; on a CPU far smaller, and without graphs, to show that the script runs. `plain` is the
+published iteration in plain PyTorch with its data on the device already. Rounds of all are interleaved, a row
+holds the median. Before anything is timed, the losses of the first iterations of all must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import machine, rounds
+from PIL import Image
+from plain import density_2d
+
+from sivae_fast.config import load_config
+from sivae_fast.draws import Draws, Rows
+from sivae_fast.files import write_text
+from sivae_fast.systems import make_schedule
+from sivae_fast.training.loop import Trainer
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.append(str(REPOSITORY))
+from tests.plain_residual import Plain as PlainResidual  # noqa: E402
+
+SYSTEMS = {
+    "density": ["launch/configs/density-8gaussians.yaml", "train.warmup_images=0"],
+    "residual": ["launch/configs/cifar10.yaml", "data.path={pictures}", "data.loader=torch"],
+}
+TINY = {
+    "density": ["train.batch=16"],
+    "residual": ["train.batch=4", "model.widths=[4,8]", "model.resolution=8", "model.latent_size=4"],
+}
+CHECKED = 6  # iterations; the last ones of a captured system are replays
+TOLERANCE = 1e-3
+
+
+class System:
+    """One of SYSTEMS in a folder of its own: trainers with any overrides, and its plain iteration."""
+
+    def __init__(self, name: str, folder: Path, device: torch.device):
+        self.name, self.folder, self.device = name, folder, device
+        tiny = TINY[name] if device.type == "cpu" else []
+        path, *self.overrides = [*SYSTEMS[name], *tiny, "engine.kind=torch", "train.images=1000000000"]
+        self.path = REPOSITORY / path
+        self.overrides = [text.format(pictures=folder / "pictures") for text in self.overrides]
+        side = load_config(self.path, self.overrides).model.model_dump().get("resolution")
+        if side:
+            make_pictures(folder / "pictures", side)
+
+    def trainer(self, *overrides: str) -> Trainer:
+        where = [f"run.folder={self.folder / '-'.join(overrides or ['eager'])}"]
+        config = load_config(self.path, [*self.overrides, *where, *overrides])
+        return Trainer(config, make_schedule(config), 0, 1, self.device)
+
+    def input(self, trainer: Trainer, batch) -> torch.Tensor:
+        """What the networks see of a batch where the trainer stands."""
+        draws = trainer.draws(Rows.all(trainer.stage.batch))
+        return trainer.data.to_input(batch, draws, trainer.lod, 1.0)
+
+    def plain(self, trainer: Trainer) -> Callable[..., tuple[float, float]]:
+        """Both losses of the plain iteration on x, from the trainer's weights and its draws at `images`."""
+        now, rows = {}, Rows.all(trainer.stage.batch)
+
+        def draw(name: str, like: torch.Tensor) -> torch.Tensor:
+            return now["draws"].stream(name).normal(*like.shape) if now["draws"] else torch.randn_like(like)
+
+        encoder, decoder = copy.deepcopy((trainer.model.encoder, trainer.model.decoder))
+        if self.name == "density":
+            net = density_2d(normal=draw)
+            for ours, theirs in ((encoder, net.encoder), (decoder, net.decoder)):
+                for p, q in zip(ours.parameters(), theirs.to(self.device).parameters(), strict=True):
+                    q.data.copy_(p.data)
+            iteration = net.soft
+        else:
+            objective, latents = trainer.config.objective, trainer.config.model.latent_size
+            betas = objective.beta_rec, objective.beta_kl, objective.beta_neg
+            net = PlainResidual(encoder, decoder, decoder, betas, 1e-8, draw)
+            iteration = lambda x: net.iteration(x, latents)
+
+        def run(x: torch.Tensor, images: int | None = None) -> tuple[float, float]:
+            seed = trainer.config.train.seed
+            now["draws"] = None if images is None else Draws(seed, images, rows, self.device)
+            return iteration(x)
+
+        return run
+
+
+def make_pictures(folder: Path, side: int, count: int = 256) -> None:
+    folder.mkdir(exist_ok=True)
+    random = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)).save(folder / f"{i}.png")
+
+
+def contenders(device: torch.device) -> dict[str, list[str]]:
+    """Overrides of each of the project's own contenders."""
+    captured = {
+        "graphs": ["train.graphs=true"],
+        "graphs, bf16": ["train.graphs=true", "train.precision=bf16"],
+    }
+    return {"eager": []} | (captured if device.type == "cuda" else {})
+
+
+def largest_difference(system: System) -> float:
+    """Largest relative difference of a loss to the plain one, over the first iterations of all in float32."""
+    worst = 0.0
+    for name, overrides in contenders(system.device).items():
+        if "bf16" in name:
+            continue
+        with closing(system.trainer(*overrides)) as trainer:
+            plain, (batches, twin) = system.plain(trainer), (trainer._batches() for _ in range(2))
+            for _ in range(CHECKED):
+                x = system.input(trainer, next(twin))
+                expected = plain(x, trainer.images)
+                trainer._advance(batches)
+                found = trainer.read_meter()
+                trainer.meter.clear()
+                pairs = zip((found["loss_encoder"], found["loss_decoder"]), expected, strict=True)
+                worst = max(worst, *(abs(a - b) / abs(b) for a, b in pairs))
+    return worst
+
+
+def timer(call: Callable[[], object], device: torch.device, seconds: float) -> Callable[[], float]:
+    """Measures seconds a call: many between two looks at the clock, so that a GPU may lag behind."""
+    cuda = device.type == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
+    for _ in range(CHECKED):
+        call()
+
+    def measured() -> float:
+        count, spent = 0, 0.0
+        if cuda:
+            torch.cuda.synchronize()
+        started = clock()
+        while spent < seconds:
+            for _ in range(20 if cuda else 1):
+                call()
+            count += 20 if cuda else 1
+            if cuda:
+                torch.cuda.synchronize()
+            spent = clock() - started
+        return spent / count
+
+    return measured
+
+
+def measure(system: System, options: argparse.Namespace) -> dict:
+    """Median seconds an iteration of each contender, and how many times the plain one's speed it has."""
+    made = {name: system.trainer(*overrides) for name, overrides in contenders(system.device).items()}
+    eager = made["eager"]
+    x, plain = system.input(eager, next(eager._batches())), system.plain(eager)
+    timers = {"plain": timer(lambda: plain(x), system.device, options.seconds)}
+    for name, trainer in made.items():
+        step = functools.partial(trainer._advance, trainer._batches())
+        timers[name] = timer(step, system.device, options.seconds)
+    found = rounds(timers, options.rounds)
+    for trainer in made.values():
+        trainer.close()
+    return {
+        "overrides": [text for text in system.overrides if "pictures" not in text],
+        "batch": eager.stage.batch,
+        "iterations_per_second": {name: round(1 / seconds, 1) for name, seconds in found.items()},
+        "ratio_to_plain": {name: round(found["plain"] / seconds, 2) for name, seconds in found.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each contender in each round")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    record = {
+        "command": f"python bench/small.py --rounds {options.rounds} --seconds {options.seconds}",
+        **machine(device.type),
+        "clock": "wall, synchronised" if device.type == "cuda" else "processor time",
+        "systems": {},
+    }
+    for name in SYSTEMS:
+        with tempfile.TemporaryDirectory() as folder:
+            system = System(name, Path(folder), device)
+            difference = largest_difference(system)
+            if not difference < TOLERANCE:
+                raise SystemExit(f"{name}: losses differ from the plain ones by {difference:.1e}: no timing")
+            record["systems"][name] = {"losses_differ_at_most": difference, **measure(system, options)}
+    text = json.dumps(record, indent=1)
+    print(text)
+    if options.out:
+        write_text(options.out, text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The bench of the small systems times nothing whose losses are not those of the plain iteration."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sivae_fast.training import graphs
+from tests.training.emulated import EmulatedRecorder
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield importlib.import_module("small")
+    for name in ("small", "plain", "measure"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["density", "residual"])
+def test_captured_losses_are_the_plain_ones(small, name, monkeypatch, tmp_path):
+    monkeypatch.setattr(graphs, "CudaRecorder", EmulatedRecorder)
+    monkeypatch.setattr(small, "contenders", lambda device: {"graphs": ["train.graphs=true"]})
+    assert small.largest_difference(small.System(name, tmp_path, torch.device("cpu"))) < 1e-5
+
+
+def test_another_loss_is_noticed_and_not_timed(small, monkeypatch):
+    density = small.density_2d
+    monkeypatch.setattr(small, "density_2d", lambda **options: density(beta_kl=3.0, **options))
+    monkeypatch.setattr(small, "measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(sys, "argv", ["small.py"])
+    with pytest.raises(SystemExit, match="no timing"):
+        small.main()
+
+
+def test_a_result_names_every_contender(small, monkeypatch, tmp_path):
+    threads, out = torch.get_num_threads(), tmp_path / "small.json"
+    monkeypatch.setattr(sys, "argv", ["small.py", "--rounds", "1", "--seconds", "0.01", "--out", str(out)])
+    try:
+        small.main()
+    finally:
+        torch.set_num_threads(threads)
+    for system in json.loads(out.read_text())["systems"].values():
+        assert set(system["ratio_to_plain"]) == {"plain", "eager"} and system["losses_differ_at_most"] < 1e-5
