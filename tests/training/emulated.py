@@ -2,7 +2,7 @@
 
 As with a real graph a capture changes nothing, numbers of the host are those of the capture for ever, random
 numbers come from the registered generators as they stand at the replay, and what would wait for the device or
-copy from the host is refused.
+copy from the host is refused. So is a replay that would use memory which nobody but the graph still holds.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.lift_fresh}
@@ -33,14 +34,13 @@ class EmulatedRecorder:
         graph = EmulatedGraph(generators)
         with graph:
             body()
-        with torch.no_grad():
-            graph.restore()
+        graph.finish()
         self.graphs.append(graph)
         return graph.replay
 
 
 class EmulatedGraph(TorchDispatchMode):
-    """Records every operator while it is active; `restore` undoes what they did, `replay` does it again."""
+    """Records every operator while it is active; `finish` undoes what they did, `replay` does it again."""
 
     def __init__(self, generators: list[torch.Generator]):
         super().__init__()
@@ -72,18 +72,27 @@ class EmulatedGraph(TorchDispatchMode):
             self._calls.append((operator, args, kwargs, fresh))
         return outputs
 
-    def restore(self) -> None:
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Undoes what was computed, and leaves memory from outside to those who own it, as addresses do."""
         for *_, fresh in self._calls:
             for tensor in fresh:
                 if tensor is not None and tensor.is_floating_point():
-                    tensor.fill_(float("nan"))  # a capture computes nothing that a replay could find
+                    tensor.fill_(float("nan"))
         for tensor, before in self._before.values():
             tensor.copy_(before)
+        address = lambda t: _Address(t) if _place(t) in self._before else t.detach()
+        self._calls = [
+            (operator, *tree_map_only(Tensor, address, (args, kwargs, fresh)))
+            for operator, args, kwargs, fresh in self._calls
+        ]
+        self._before = {}
 
     @torch.no_grad()
     def replay(self) -> None:
         self.replays += 1
         for operator, args, kwargs, fresh in self._calls:
+            args, kwargs = tree_map_only(_Address, _Address.tensor, (args, kwargs))
             outputs = tree_leaves(operator(*args, **kwargs))
             for kept, again in zip(fresh, outputs, strict=True):
                 if kept is not None:
@@ -92,9 +101,25 @@ class EmulatedGraph(TorchDispatchMode):
     def _keep(self, tensor: Tensor) -> None:
         place = _place(tensor)
         if place not in self._made and place not in self._before:
-            elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-            whole = tensor.detach().as_strided((elements,), (1,), 0)
+            storage = tensor.untyped_storage()
+            size = (storage.nbytes() // tensor.element_size(),)
+            whole = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, size, (1,))
             self._before[place] = whole, whole.clone()
+
+
+class _Address:
+    """Where a tensor lies, without keeping it there."""
+
+    def __init__(self, tensor: Tensor):
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._form = tensor.storage_offset(), tensor.shape, tensor.stride()
+        self._dtype = tensor.dtype
+
+    def tensor(self) -> Tensor:
+        if self._storage.expired():
+            raise RuntimeError("a graph would use memory that was given back")
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        return torch.empty(0, dtype=self._dtype).set_(storage, *self._form)
 
 
 def _is_mask(index: Tensor | None) -> bool:

@@ -4,7 +4,6 @@ The graphs are emulated (`tests.training.emulated`); what only a GPU can show is
 """
 
 import re
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 from sivae_fast.config import ConfigError, make_config
-from sivae_fast.draws import Rows
+from sivae_fast.draws import Draws, Rows
 from sivae_fast.growth import Schedule
 from sivae_fast.systems import make_schedule
 from sivae_fast.training import graphs
@@ -71,6 +70,11 @@ SYSTEMS = {
             "swapped_fakes": True,
         },
         "data": {"kind": "factors"},
+    },
+    "pointclouds": {
+        "model": {"kind": "pointnet", "points": 16, "latent_size": 4},
+        "objective": {"reconstruction": "chamfer", "beta_rec": 20.0},
+        "data": {"kind": "pointclouds", "points": 16, "rotate": True},
     },
     "style": {
         "model": {"resolution": 8, **SMALL_STYLE, "style_mixing": 0.6},
@@ -132,7 +136,7 @@ def replays(trainer: Trainer) -> list[int]:
     return [graph.replays for graph in trainer.graphs._recorder.graphs]
 
 
-@pytest.mark.parametrize("system", ["mlp", "residual", "bootstrap", "two_encoder"])
+@pytest.mark.parametrize("system", ["mlp", "residual", "bootstrap", "two_encoder", "pointclouds"])
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 4}, {"schedule": "published"}], ids=str)
 def test_replays_are_eager_iterations(system, options, emulated, make):
     """First the VAE, then both phases; over drops of the rate, a new beta_neg and epochs of 40 images."""
@@ -180,23 +184,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(system, stop, emulated, make):
     assert sum(replays(parts)) > 3
 
 
-@pytest.mark.parametrize("forgets", [True, False])
-def test_a_return_to_a_checkpoint_leaves_graphs_behind(forgets, emulated, make, monkeypatch):
-    """They hold the optimizers' state from before the return: kept, they would train on with it."""
+def test_a_return_to_a_checkpoint_leaves_graphs_behind(emulated, make, monkeypatch):
     straight, returned = advance(make("residual"), 20), advance(make("residual"), 12)
     returned.recorder._save_checkpoint(planned=True)
     advance(returned, 5)
-    if not forgets:
-        monkeypatch.setattr(returned, "forget_graphs", lambda: None)
     assert restore(returned) and returned.images == 96
-    advance(returned, 8)
-    with nullcontext() if forgets else pytest.raises(AssertionError, match="model/encoder"):
-        assert_same(straight, returned)
+    assert_same(straight, advance(returned, 8))
+    monkeypatch.setattr(returned, "forget_graphs", lambda: None)
+    restore(returned)
+    with pytest.raises(RuntimeError, match="memory that was given back"):  # the optimizers' former state
+        advance(returned, 1)
 
 
 def _frozen_rate(patch, trainer):
-    adam = trainer.engines["encoder"].optimizer
-    patch.setattr(adam, "set_rates", lambda rates: setattr(adam, "_used", torch.tensor(rates).double()))
+    fused = torch._fused_adam_
+    with_number = lambda *given, lr, **named: fused(*given, lr=trainer.stage.learning_rate, **named)
+    patch.setattr(torch, "_fused_adam_", with_number)
 
 
 def _frozen_seed(patch, trainer):
@@ -209,9 +212,11 @@ def _frozen_fade(patch, trainer):
     patch.setattr(trainer.data, "to_input", fade)
 
 
-@pytest.mark.parametrize("mistake", [_frozen_rate, _frozen_seed, _frozen_fade])
-def test_a_number_of_the_host_would_be_noticed(mistake, emulated, make, monkeypatch):
-    eager, captured = make("style"), make("style")
+@pytest.mark.parametrize(
+    "system, mistake", [("residual", _frozen_rate), ("style", _frozen_seed), ("style", _frozen_fade)]
+)
+def test_a_number_of_the_host_would_be_noticed(system, mistake, emulated, make, monkeypatch):
+    eager, captured = make(system), make(system)
     eager.graphs = None
     advance(eager, 40)
     with monkeypatch.context() as patch:
@@ -243,6 +248,15 @@ def test_a_capture_changes_nothing_and_numbers_of_the_host_stay():
     replay()
     replay()
     assert torch.equal(x, 2 * torch.ones(3))
+
+
+def test_memory_that_was_given_back_is_not_used():
+    x, given = torch.zeros(3), [torch.ones(3)]
+    replay = EmulatedRecorder().capture(lambda: x.add_(given[0]), [])
+    replay()
+    given.clear()
+    with pytest.raises(RuntimeError, match="memory that was given back"):
+        replay()
 
 
 def test_an_integer_of_the_host_cannot_be_captured(emulated):
@@ -283,21 +297,51 @@ def test_captures_do_not_make_another_run():
     assert len({make_config(setting).identity() for setting in settings}) == 1
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
+def test_a_replay_draws_what_an_eager_iteration_draws():
+    """Normal and uniform numbers and an index, over shapes of many blocks, either way a coin falls."""
+    found = torch.zeros(3, 1000, 33, device=GPU)
+
+    def body(batch, make_stream):
+        draws = Draws(5, images, Rows.all(1000), GPU, make_stream)
+        stream = draws.stream("a")
+        found[0] = stream.normal(1000, 33) if stream.coin(0.5) else stream.uniform(1000, 33)
+        found[1] = draws.stream("b").normal(1000, 33)
+        found[2] = draws.stream("a").index(1, 9) + batch.sum()
+
+    captured, seen = graphs.Graphs(5, GPU), []
+    for images in range(12):
+        batch = torch.full((4,), float(images), device=GPU)
+        body(batch, None)
+        expected = found.clone()
+        found.zero_()
+        captured.run("key", body, batch, images)
+        seen.append(torch.equal(found, expected))
+    assert all(seen), seen
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("system", SYSTEMS)
 class TestOnAGPU:
-    def test_replays_are_eager_iterations(self, system, make):
+    def test_replays_are_eager_iterations(self, system, make, monkeypatch):
+        """Statistics and all weights together: single weights without a gradient but rounding drift apart."""
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
         eager, captured = make(system, device=GPU), make(system, device=GPU)
         eager.graphs = None
-        for trainer in (eager, captured):
-            advance(trainer, 40)
-        (one, state), (other, other_state) = (state_of(trainer, True) for trainer in (eager, captured))
+        (one, state), (other, other_state) = (state_of(advance(t, 40), True) for t in (eager, captured))
         assert state["steps"] == other_state["steps"]
-        for name in one:
-            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4, msg=name)
         for name, (total, count) in state["tick"].items():
-            assert other_state["tick"][name] == (pytest.approx(total, rel=1e-3), count)
+            assert other_state["tick"][name] == (pytest.approx(total, rel=1e-2), count), name
+        distance, length = (
+            sum(float(t.double().square().sum()) for t in tensors)
+            for tensors in ((one[n] - other[n] for n in one), one.values())
+        )
+        assert distance < 1e-4 * length
 
     @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
     def test_no_iteration_waits_for_the_device(self, system, captured, make):
