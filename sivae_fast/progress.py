@@ -23,6 +23,10 @@ class Progress:
         self._shown = float("-inf")
         self._open_line = False
 
+    def due(self) -> bool:
+        """Whether `show` would rewrite its line now."""
+        return self.terminal and time.perf_counter() - self._shown >= self.interval
+
     def show(
         self,
         images: int,
@@ -33,9 +37,9 @@ class Progress:
         tick: bool = False,
     ) -> None:
         """`step_seconds` and `data_seconds` are for one iteration, `memory` is in bytes."""
-        now = time.perf_counter()
-        if not tick and (not self.terminal or now - self._shown < self.interval):
+        if not tick and not self.due():
             return
+        now = time.perf_counter()
         text = self.text(images, self._update_rate(images, now), step_seconds, data_seconds, memory, note)
         self._shown = now
         if self.terminal:

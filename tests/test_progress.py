@@ -33,6 +33,17 @@ def test_a_terminal_line_is_rewritten_not_too_often_and_ended():
     assert stream.getvalue().count("\n") == 1
 
 
+def test_a_line_is_due_on_a_terminal_after_the_interval():
+    progress, often = (
+        Progress(1000, stream=Terminal(), interval=60),
+        Progress(1000, stream=Terminal(), interval=0),
+    )
+    assert progress.due() and often.due() and not Progress(1000, stream=io.StringIO(), interval=0).due()
+    progress.show(100, 0.05, 0.01, 0)
+    often.show(100, 0.05, 0.01, 0)
+    assert not progress.due() and often.due()
+
+
 def test_rate_and_time_left_count_from_the_resumed_image(monkeypatch):
     clock = iter([10.0, 12.0, 14.0])
     monkeypatch.setattr("sivae_fast.progress.time.perf_counter", lambda: next(clock))

@@ -80,7 +80,7 @@ class Recorder:
             self.marks[kind] = (images // self._every[kind] + 1) * self._every[kind]
         if "tick" in due or finished:
             self._write_tick(evaluate="evaluate" in due or finished)
-        elif self._progress:
+        elif self._progress and self._progress.due():  # else each iteration would spend 0.1 ms on the memory
             self._show(tick=False)
         if self._run and ("samples" in due or finished):
             with self._going_on("pictures"):

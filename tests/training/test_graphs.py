@@ -14,7 +14,7 @@ from sivae_fast.config import ConfigError, make_config
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.growth import Schedule
 from sivae_fast.systems import make_schedule
-from sivae_fast.training import graphs
+from sivae_fast.training import graphs, loop
 from sivae_fast.training.loop import Trainer
 from sivae_fast.training.resume import restore, state_of
 from tests.training.emulated import EmulatedRecorder
@@ -290,6 +290,12 @@ def test_what_cannot_be_captured_is_refused(setting, message):
     setting["train"] = {**setting.get("train", {}), "graphs": True}
     with pytest.raises(ConfigError, match=re.escape(message)):
         graphs.check_graphs(make_config(setting), kind, world, device)
+
+
+def test_a_run_on_a_cpu_is_refused_before_its_folder_is_made(tmp_path, pictures):
+    with pytest.raises(ConfigError, match="accepted is a CUDA GPU"):
+        loop.train(configuration("mlp", tmp_path / "runs", pictures))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_captures_do_not_make_another_run():
