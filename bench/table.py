@@ -36,6 +36,16 @@ def _step(found: dict) -> str:
     return f"{', '.join(others)} ({1e3 * best[ours]:.0f} ms an image, {found['device']})"
 
 
+def _small(found: dict) -> str:
+    """Iterations a second of each small system's fastest contender in float32."""
+    said = []
+    for name, system in found["systems"].items():
+        rates, plain = system["iterations_per_second"], system["ratio_to_plain"]
+        best = max((other for other in rates if other != "plain" and "bf16" not in other), key=rates.get)
+        said.append(f"{name} **{rates[best]:,.0f}** a second ({plain[best]:.1f} times plain)")
+    return f"{', '.join(said)} ({found['device']})"
+
+
 def _memory(found: dict) -> str:
     batch = max(row["batch"] for row in found["rows"])
     mib = {row["provider"]: row["mib"] for row in found["rows"] if row["batch"] == batch}
@@ -111,6 +121,7 @@ def _chamfer(found: dict) -> str:
 ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("style iteration at 64x64, CPU", "step-cpu.json", _step),
     ("style iteration at 256x256, GPU", "step-cuda.json", _step),
+    ("iterations of the small systems, GPU", "small-cuda.json", _small),
     ("peak memory of a style iteration at 64x64, CPU", "memory-cpu.json", _memory),
     ("peak memory of a style iteration at 256x256, GPU", "memory-cuda.json", _memory),
     ("loader, stored PNG: DALI against PyTorch's", "loader-cpu.json", lambda f: _loader(f, "png")),
