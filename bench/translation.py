@@ -20,13 +20,13 @@ import torch
 from measure import machine
 from torch import Tensor
 
-from sivae_fast.checkpoint import load
 from sivae_fast.config import load_config
-from sivae_fast.data.factors import Factors, load_factors
+from sivae_fast.data.factors import Factors
 from sivae_fast.data.made_images import ACROSS, AWAY, COLOURS, SHAPES, TURNS
 from sivae_fast.evaluation import translation
-from sivae_fast.evaluation.reconstruction import load_lpips
 from sivae_fast.files import write_text
+from sivae_fast.inference import Inference
+from sivae_fast.measure_translation import CODES, ERRORS, Functions, Swaps, error_functions, to_float
 from sivae_fast.training.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -48,18 +48,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    errors = Errors(options.lpips)
+    functions = error_functions(ERRORS if options.lpips else ("mse", "ssim"), options.lpips)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "translation.json"
     rows = json.loads(path.read_text())["runs"] if path.is_file() else {}
     for name in options.only:
         seconds, folder = trained([*RUNS[name], *options.set])
-        model = load(sorted((folder / "snapshots").glob("*.safetensors"))[-1])
-        factors = load_factors(model.config.data.path, model.resolution)
+        snapshot = sorted((folder / "snapshots").glob("*.safetensors"))[-1]
+        run = Inference.load(snapshot, device="cpu", batch=256, show=False)
+        swaps = Swaps(run, run.factors())
         with torch.no_grad():
-            rows[name] = {"processor_seconds": seconds, **measure(model, factors, errors)}
-            draw(model, factors, options.out / f"translation_{name}.png")
-            result = {**machine("cpu"), "baselines": baselines(factors, errors), "runs": rows}
+            rows[name] = {"processor_seconds": seconds, **measure(swaps, functions)}
+            draw(run.model, swaps.factors, options.out / f"translation_{name}.png")
+            result = {**machine("cpu"), "baselines": baselines(swaps, functions), "runs": rows}
         write_text(path, json.dumps(result, indent=1) + "\n")
         print(name, json.dumps(rows[name], indent=1), flush=True)
 
@@ -72,39 +73,16 @@ def trained(overrides: list[str]) -> tuple[float, Path]:
     return time.process_time() - start, folder
 
 
-class Errors:
-    """Means of the errors between images and their truth, both [n, C, R, R] in [0, 1]."""
-
-    def __init__(self, lpips: Path | None):
-        self.functions = {"mse": translation.mse, "ssim": translation.ssim}
-        if lpips:
-            self.functions["lpips"] = load_lpips(lpips)
-
-    def __call__(self, made: Tensor, truth: Tensor) -> dict[str, float]:
-        parts = list(zip(made.split(256), truth.split(256), strict=True))
-        return {
-            name: torch.cat([function(*part) for part in parts]).mean().item()
-            for name, function in self.functions.items()
-        }
-
-
-def measure(model, factors: Factors, errors: Errors) -> dict:
-    z = torch.cat([model.encode(part).mean for part in images(factors.images).split(256)])
-    givers, others, truth = pairs(factors)
-    class_code, content_code = model.split(z)
+def measure(swaps: Swaps, functions: Functions) -> dict:
+    config = swaps.run.config
     return {
-        "images": model.images,
-        **{
-            name: getattr(model.config, name).model_dump(mode="json")
-            for name in ("model", "objective", "train")
-        },
-        "swap": errors(decode(model, model.swap(z[givers], z[others])), truth),
-        "reconstruction": errors(decode(model, z[factors.test]), images(factors.images[factors.test])),
-        "by_factor": by_factor(model, factors, z),
+        "images": swaps.run.images,
+        **{name: getattr(config, name).model_dump(mode="json") for name in ("model", "objective", "train")},
+        "swap": swaps.errors(functions),
+        "reconstruction": swaps.reconstruction_errors(functions),
+        "by_factor": by_factor(swaps.run.model, swaps.factors, swaps.z),
         "probe": {
-            f"{factor} from {code}": translation.probe_accuracy(values, labels, factors.test)
-            for code, values in (("class code", class_code), ("content code", content_code))
-            for factor, labels in (("class", factors.classes), ("content", factors.contents))
+            f"{factor} from {code} code": swaps.probe(factor, code) for code in CODES for factor in CODES
         },
     }
 
@@ -131,37 +109,18 @@ def by_factor(model, factors: Factors, z: Tensor, count: int = 200) -> dict[str,
         right, wrong = (first, second) if name in ("shape", "colour") else (second, first)
         swapped = decode(model, model.swap(z[first], z[second]))
         found[name] = {
-            key: translation.mse(swapped, images(factors.images[of])).mean().item()
+            key: translation.mse(swapped, to_float(factors.images[of])).mean().item()
             for key, of in (("to_the_right", right), ("to_the_other", wrong))
         }
     return found
 
 
-def baselines(factors: Factors, errors: Errors) -> dict:
-    givers, others, truth = pairs(factors)
+def baselines(swaps: Swaps, functions: Functions) -> dict:
     return {
-        "pairs": len(givers),
-        "truth of another pair": errors(translation.shuffled(truth), truth),
-        "image that gives the class": errors(images(factors.images[givers]), truth),
-        "image that gives the content": errors(images(factors.images[others]), truth),
-        "mean image": errors(images(factors.images).mean(0).expand_as(truth), truth),
-        "probe by chance": {
-            "class": translation.chance(factors.classes, factors.test),
-            "content": translation.chance(factors.contents, factors.test),
-        },
+        "pairs": len(swaps.givers),
+        **swaps.baselines(functions),
+        "probe by chance": {factor: swaps.chance(factor) for factor in CODES},
     }
-
-
-def pairs(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """(class givers [n], content givers [n], the images that hold both [n, C, R, R])."""
-    givers, others = translation.swap_pairs(factors.classes, factors.contents, factors.test)
-    truth = factors.find(factors.classes[givers], factors.contents[others])
-    known = truth >= 0
-    return givers[known], others[known], images(factors.images[truth[known]])
-
-
-def images(stored: Tensor) -> Tensor:
-    return stored.permute(0, 3, 1, 2).float() / 255
 
 
 def decode(model, z: Tensor) -> Tensor:
@@ -169,7 +128,7 @@ def decode(model, z: Tensor) -> Tensor:
 
 
 def draw(model, factors: Factors, path: Path) -> None:
-    test = images(factors.images[factors.test])
+    test = to_float(factors.images[factors.test])
     step = len(test) // 11
     chosen = test[step // 2 :: step][:10]
 

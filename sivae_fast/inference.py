@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,85 +12,29 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sivae_fast.checkpoint import load
-from sivae_fast.config import Config
-from sivae_fast.contract import Model
 from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.convert import Recipe, flatten
-from sivae_fast.data.parallel import progress_bar
-from sivae_fast.draws import Draws, Rows
-from sivae_fast.evaluation import batchnorm
+from sivae_fast.data.factors import Factors, load_factors
 from sivae_fast.figures import to_uint8
 from sivae_fast.systems import image_path
+from sivae_fast.trained import CALIBRATION, Trained
 
-IMAGE_MODELS = ("style", "residual")
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-#: Batches that batch norm is recalibrated with.
-CALIBRATION = 32
+IMAGE_MODELS = ("style", "residual", "two_encoder")
 
 
-class Inference:
+class Inference(Trained):
     """An image model with all that its use needs; `Inference.load` has it from a run folder or a file.
 
-    model: on its device and at its level. config, images: what it was trained with, and how far.
-    batch: images in one pass; the noise of stochastic decoders depends on it, other results do not.
-    batch_norm: "running", "batch" or "recalibrated" (see `evaluation.batchnorm`) for models that have it;
-        None recalibrates: the encoder with the training images, the decoder with prior samples.
-    data: where the training images are, if not where the run found them.
-    Raises ValueError for options that do not fit.
+    The arguments are those of `Trained`. Images go in and come out as uint8, on the CPU.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        config: Config,
-        images: int,
-        *,
-        weights: str = "averaged",
-        precision: str = "fp32",
-        batch: int = 64,
-        batch_norm: str | None = None,
-        data: str | os.PathLike | None = None,
-        show: bool = True,
-    ):
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}, must be one of {', '.join(PRECISIONS)}")
-        if batch < 1:
-            raise ValueError(f"batch is {batch}, must be at least 1")
-        if batch_norm is not None and batch_norm not in batchnorm.MODES:
-            raise ValueError(f"batch_norm is {batch_norm!r}, must be one of {', '.join(batchnorm.MODES)}")
-        if config.model.kind not in IMAGE_MODELS:
-            raise ValueError(
-                f"model.kind is {config.model.kind}: this takes {' and '.join(IMAGE_MODELS)} models"
-            )
-        self.model, self.config, self.images = model.eval(), config, images
-        self.device = next(model.parameters()).device
-        self.weights, self.precision, self.autocast = weights, precision, PRECISIONS[precision]
-        self.batch, self.show = batch, show
-        self.data_path = data
-        self.batch_norm = None
-        if model.uses_batch_statistics:
-            self.batch_norm = batch_norm or "recalibrated"
-        self._encoder_is_ready = self._decoder_is_ready = self.batch_norm != "recalibrated"
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike, *, averaged: bool = True, device: str = "auto", **options
-    ) -> Inference:
-        """The model of a run folder, checkpoint or snapshot; further options as the constructor.
-
-        averaged: the averaged weights; False takes those of the optimizer. device: "auto" is the GPU where
-        there is one. Raises CheckpointError, naming the file, for what is no model, ValueError for a device
-        that this machine does not have.
-        """
-        model = load(path, averaged, _device(device))
-        weights = "averaged" if averaged else "raw"
-        return cls(model, model.config, model.images, weights=weights, **options)
+    kinds = IMAGE_MODELS
 
     @property
     def value_range(self) -> tuple[float, float]:
         """Of the pixels that the model was trained on."""
-        return (0.0, 1.0) if self.config.data.value_range == "unit" else (-1.0, 1.0)
+        kind = getattr(self.config.data, "value_range", "unit")  # images with factors are never signed
+        return (0.0, 1.0) if kind == "unit" else (-1.0, 1.0)
 
     @property
     def resolution(self) -> int:
@@ -99,31 +42,14 @@ class Inference:
         return getattr(self.model, "resolution", self.config.model.resolution)
 
     @property
-    def described(self) -> dict[str, object]:
-        """What belongs beside every number and picture of this model."""
-        facts = {"images": self.images, "weights": self.weights}
-        facts |= {"precision": self.precision, "resolution": self.resolution}
-        return facts | ({"batch_norm": self.batch_norm} if self.batch_norm else {})
-
-    def prepare(self) -> None:
-        """Brings batch norm into its mode, for those who call the model itself."""
-        self._calibrate_encoder()
-        self._calibrate_decoder()
-
-    def casting(self) -> torch.autocast:
-        """The context in which the model computes with this precision, for those who call it themselves."""
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-
-    def prior(self, count: int, seed: int) -> Tensor:
-        """Prior samples [count, Z]: the same for the same seed on every device and at every batch size."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(count, self.model.latent_size, generator=generator) * self.model.prior_std
+    def size(self) -> dict[str, int]:
+        return {"resolution": self.resolution}
 
     def encode(self, images: Tensor) -> Tensor:
         """Posterior means [N, Z] of uint8 images [N, C, R, R], on the CPU."""
         self._calibrate_encoder()
         encode = lambda rows, _: self.model.encode(self.to_input(rows)).mean
-        return self._map(encode, images, "encode")
+        return self.map(encode, images, "encode")
 
     def decode(self, z: Tensor, seed: int = 0, truncation: float = 1.0) -> Tensor:
         """uint8 images [N, C, r, r] of latents [N, Z]."""
@@ -153,17 +79,7 @@ class Inference:
     def styles(self, z: Tensor) -> Tensor:
         """Styles [N, 2(lod + 1), Z] of latents [N, Z] (style models)."""
         self.style_options("styles", True, False)
-        return self._map(lambda rows, _: self.model.styles(rows), z, "styles")
-
-    def style_options(self, option: str, value, default) -> dict:
-        """{option: value} where it is not the default; ValueError where the model has no styles."""
-        if value == default:
-            return {}
-        if self.config.model.kind != "style":
-            raise ValueError(
-                f"{option}={value}: this model is of kind {self.config.model.kind}, styles need style"
-            )
-        return {option: value}
+        return self.map(lambda rows, _: self.model.styles(rows), z, "styles")
 
     def to_input(self, images: Tensor) -> Tensor:
         """uint8 [N, C, R, R] as the model sees it, at its present level, on its device."""
@@ -181,33 +97,33 @@ class Inference:
         for x in self._batches(body, rows, title, seed):
             yield self.to_pixels(x)
 
-    def _map(self, body: Callable, rows: Tensor, title: str) -> Tensor:
-        return torch.cat([x.float().cpu() for x in self._batches(body, rows, title, 0)])
+    def calibration_batches(self) -> Iterator[Tensor]:
+        pictures = self.training_images(CALIBRATION * self.batch)
+        return (self.to_input(part) for part in pictures.split(self.batch) if len(part) > 1)
 
-    @torch.no_grad()
-    def _batches(self, body: Callable, rows: Tensor, title: str, seed: int) -> Iterator[Tensor]:
-        statistics = batchnorm.batch_statistics(self.model) if self.batch_norm == "batch" else nullcontext()
-        with statistics, progress_bar(len(rows), title, self.show and len(rows) > self.batch) as bar:
-            for start in range(0, len(rows), self.batch):
-                part = rows[start : start + self.batch]
-                stream = Draws(seed, start, Rows.all(len(part)), self.device).stream(title)
-                with self.casting():
-                    out = body(part.to(self.device), stream)
-                yield out
-                bar.update(len(part))
+    def own_images(self, count: int) -> Tensor:
+        """uint8 [count, C, R, R] of the run's data: test images where it has them, else training images.
 
-    def _calibrate_encoder(self) -> None:
-        if not self._encoder_is_ready:
-            self._encoder_is_ready = True
-            pictures = self.training_images(CALIBRATION * self.batch)
-            batches = (self.to_input(part) for part in pictures.split(self.batch) if len(part) > 1)
-            batchnorm.recalibrate_encoder(self.model, batches)
+        Raises ValueError where they are not there.
+        """
+        if self.config.data.kind != "factors":
+            return self.training_images(count)
+        factors = self.factors()
+        return factors.images[factors.test][:count].permute(0, 3, 1, 2).contiguous()
 
-    def _calibrate_decoder(self) -> None:
-        if not self._decoder_is_ready:
-            self._decoder_is_ready = True
-            latents = batchnorm.prior_batches(self.model, CALIBRATION, self.batch, device=self.device)
-            batchnorm.recalibrate_decoder(self.model, latents)
+    def factors(self) -> Factors:
+        """The set with class and content of each image (two_encoder models), read from the files.
+
+        Raises ValueError for a set that is not there or has another number of channels than the model.
+        """
+        path = self._where_the_data_are()
+        found = load_factors(path, self.resolution)
+        channels = found.images.shape[3]
+        if channels != self.config.model.channels:
+            raise ValueError(
+                f"{path} holds images of {channels} channels, the model takes {self.config.model.channels}"
+            )
+        return found
 
     def training_images(self, count: int) -> Tensor:
         """The first `count` images of the training set, uint8. Raises ValueError where it is not there."""
@@ -218,6 +134,9 @@ class Inference:
 
         Raises ValueError where that is not known (a snapshot holds no path) or no longer true.
         """
+        kind = self.config.data.kind
+        if self.data_path is None and kind != "images":
+            raise ValueError(f"data.kind={kind} is no image set: give data=PATH (--data PATH)")
         if self.data_path is None and self.config.data.path is None:
             raise ValueError(
                 "the training images are needed, and a snapshot does not say where they are: give data=PATH "
@@ -269,16 +188,6 @@ class Inference:
         if own == 1:
             return pixels.repeat(channels, axis=2)
         raise ValueError(f"{name} is in colour, the model takes grey images")
-
-
-def _device(name: str) -> torch.device:
-    gpus = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda" if gpus else "cpu")
-    names = ["cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
-    if str(name) not in names:
-        raise ValueError(f"device is {str(name)!r}, this machine has {', '.join(['auto', *names])}")
-    return torch.device(name)
 
 
 def _read_file(path: Path, grey: bool) -> np.ndarray:

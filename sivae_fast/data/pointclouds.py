@@ -168,17 +168,28 @@ def _read_h5(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _checked(cloud: np.ndarray, where: str, points: int, resample: bool) -> np.ndarray:
-    cloud = np.asarray(cloud, np.float32)
-    if not len(cloud) or not np.isfinite(cloud).all():
-        found = "a coordinate is not finite" if len(cloud) else "there are no points"
-        raise ValueError(f"{where}: {found}, accepted are {points} points of finite numbers")
-    if len(cloud) == points:
-        return cloud
-    if not resample:
+    cloud = finite(cloud, where, points)
+    if len(cloud) != points and not resample:
         raise ValueError(
             f"{where} has {len(cloud)} points, data.points={points} accepts that many: change it, or draw "
             "as many from every cloud with data.resample=true"
         )
+    return resampled(cloud, points)
+
+
+def finite(cloud: np.ndarray, where: str, points: int) -> np.ndarray:
+    """`cloud` [n, 3] as float32. ValueError, naming `where` it is from, for no points, NaN and infinity."""
+    cloud = np.asarray(cloud, np.float32)
+    if not len(cloud) or not np.isfinite(cloud).all():
+        found = "a coordinate is not finite" if len(cloud) else "there are no points"
+        raise ValueError(f"{where}: {found}, accepted are {points} points of finite numbers")
+    return cloud
+
+
+def resampled(cloud: np.ndarray, points: int) -> np.ndarray:
+    """`points` points of a cloud [n, 3], drawn with repetition where it has too few; always the same ones."""
+    if len(cloud) == points:
+        return cloud
     order = np.random.Generator(np.random.Philox(len(cloud))).permutation(len(cloud))
     return cloud[np.resize(order, points)]
 

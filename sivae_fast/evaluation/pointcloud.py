@@ -99,10 +99,7 @@ def emd_distances(samples: Tensor, reference: Tensor) -> Tensor:
     Exact, by POT (https://pythonot.github.io); raises ImportError where it is missing. [s, N, 3] and [r, N,
     3].
     """
-    try:
-        import ot
-    except ImportError as error:
-        raise ImportError("the earth mover's distance needs POT: pip install 'sivae-fast[eval]'") from error
+    ot = load_pot()
     weights = [
         torch.full((clouds.shape[1],), 1 / clouds.shape[1]).double().numpy()
         for clouds in (samples, reference)
@@ -112,6 +109,15 @@ def emd_distances(samples: Tensor, reference: Tensor) -> Tensor:
         [ot.emd2(*weights, torch.cdist(s, r).numpy(), numItermax=10**7) for r in reference] for s in samples
     ]
     return torch.tensor(rows)
+
+
+def load_pot():
+    """The module of POT. Raises ImportError, saying how to get it, where it is missing."""
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError("the earth mover's distance needs POT: pip install 'sivae-fast[eval]'") from error
+    return ot
 
 
 def mmd_and_coverage(distances: Tensor) -> tuple[float, float]:

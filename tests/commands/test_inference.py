@@ -97,7 +97,9 @@ def test_what_cannot_be_read_is_named(runs, tmp_path):
         run.read([])
     with pytest.raises(CheckpointError, match="holds no checkpoint and no snapshot"):
         load(tmp_path)
-    with pytest.raises(ValueError, match=r"model.kind is mlp: this takes style and residual models"):
+    with pytest.raises(
+        ValueError, match=r"model.kind is mlp: this takes style, residual and two_encoder models"
+    ):
         load(runs.density)
 
 

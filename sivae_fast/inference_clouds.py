@@ -1,0 +1,107 @@
+"""A trained point cloud model ready for use: files, batches, precision and batch norm are taken care of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sivae_fast.data.ply import read_ply
+from sivae_fast.data.pointclouds import finite, load_clouds, resampled
+from sivae_fast.trained import CALIBRATION, Trained
+
+
+class CloudInference(Trained):
+    """A point cloud model with all that its use needs; `CloudInference.load` has it from a run or a file.
+
+    The arguments are those of `Trained`. Clouds go in and come out as float32 on the CPU. Batch norm, which
+    the encoder alone has, uses its running statistics unless told otherwise, as published.
+    """
+
+    kinds = ("pointnet",)
+    default_batch_norm = "running"
+
+    @property
+    def points(self) -> int:
+        """Points of a cloud that the model makes."""
+        return self.config.model.points
+
+    @property
+    def size(self) -> dict[str, int]:
+        return {"points": self.points}
+
+    def encode(self, clouds: Tensor) -> Tensor:
+        """Posterior means [N, Z] of clouds [N, points, 3]."""
+        self._calibrate_encoder()
+        return self.map(lambda rows, _: self.model.encode(rows).mean, clouds, "encode")
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Clouds [N, points, 3] of latents [N, Z]."""
+        return self.map(self.model.decode, z, "decode")
+
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """Clouds [count, points, 3] of prior samples."""
+        return self.decode(self.prior(count, seed))
+
+    def reconstruct(self, clouds: Tensor) -> Tensor:
+        """Reconstructions [N, points, 3] of clouds [N, points, 3], from the posterior mean."""
+        return self.decode(self.encode(clouds))
+
+    def calibration_batches(self) -> Iterator[Tensor]:
+        clouds = self.clouds("train")[: CALIBRATION * self.batch]
+        return (part.to(self.device) for part in clouds.split(self.batch))
+
+    def clouds(self, split: str) -> Tensor:
+        """One split of the run's data [n, points, 3]. Raises ValueError where they are not there any more."""
+        data = self.config.data
+        found = load_clouds(
+            self._where_the_data_are(),
+            split,
+            classes=data.classes,
+            points=self.points,
+            resample=data.resample,
+        )
+        return found.points
+
+    def read(self, files: Sequence[str | os.PathLike], resize: bool = False) -> Tensor:
+        """Clouds [n, points, 3] of .ply files and of .npy arrays [points, 3] or [n, points, 3].
+
+        resize: draw points from clouds of another size, the same ones every time. Raises ValueError naming
+        the file that cannot be read or does not fit.
+        """
+        found = [self._fitted(cloud, where, resize) for file in files for where, cloud in _read(Path(file))]
+        if not found:
+            raise ValueError("no clouds are given")
+        return torch.from_numpy(np.stack(found))
+
+    def _fitted(self, cloud: np.ndarray, where: str, resize: bool) -> np.ndarray:
+        cloud = finite(cloud, where, self.points)
+        if len(cloud) != self.points and not resize:
+            raise ValueError(
+                f"{where} has {len(cloud)} points, the model takes {self.points}: give resize (--resize) to "
+                "draw as many"
+            )
+        return resampled(cloud, self.points)
+
+
+def _read(path: Path) -> list[tuple[str, np.ndarray]]:
+    """(where it is from, the cloud) of every cloud in a file."""
+    if not path.is_file():
+        raise ValueError(f"{path} cannot be used: it does not exist")
+    if path.suffix == ".ply":
+        return [(str(path), read_ply(path))]
+    if path.suffix != ".npy":
+        raise ValueError(f"{path} cannot be used: accepted are .ply files and .npy arrays")
+    try:
+        clouds = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a .npy array of numbers: {error}") from error
+    if clouds.ndim not in (2, 3) or clouds.shape[-1] != 3:
+        raise ValueError(f"{path} holds {list(clouds.shape)}: accepted are [points, 3] and [n, points, 3]")
+    if clouds.ndim == 2:
+        return [(str(path), clouds)]
+    return [(f"{path}[{i}]", cloud) for i, cloud in enumerate(clouds)]

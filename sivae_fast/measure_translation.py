@@ -1,0 +1,235 @@
+"""Swaps of class and content against the images that really have both, reconstructions, and linear probes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sivae_fast.data.factors import Factors
+from sivae_fast.evaluation import translation
+from sivae_fast.evaluation.reconstruction import load_lpips
+from sivae_fast.inference import Inference
+from sivae_fast.run import append_metric
+
+logger = logging.getLogger("sivae_fast")
+
+ERRORS = ("mse", "ssim", "lpips")
+SWAPS = tuple(f"swap_{name}" for name in ERRORS)
+CODES = ("class", "content")
+PROBES = tuple(f"{factor}_from_{code}_code" for code in CODES for factor in CODES)
+METRICS = (*SWAPS, *ERRORS, *PROBES)
+
+Functions = Mapping[str, translation.ImageError]
+
+
+def evaluate_translation(
+    run: Inference,
+    metrics: Sequence[str] | None = None,
+    *,
+    count: int = 50_000,
+    seed: int = 0,
+    weights: str | os.PathLike | None = None,
+    folder: str | os.PathLike | None = None,
+) -> dict[str, dict]:
+    """Measures a two_encoder model on the test images of its data (or of `run.data_path`).
+
+    metrics: some of `METRICS`; None takes all that can be had, LPIPS where `weights`, the folder of its
+    network, is given. swap_mse to swap_lpips are means over pairs whose class and content differ, with those
+    of the baselines beside them; mse to lpips are of reconstructions; class_from_content_code and its kin are
+    accuracies of linear classifiers, with that of the most frequent answer beside them. At most `count` test
+    images, and as many training images for the classifiers, are used, drawn from `seed` as the pairs are.
+    folder: a run folder, to whose metric files the records are added.
+
+    What the set cannot tell (swaps and content without labels of content, class where the test images are of
+    other classes than the training images) is left out, and a line of the log says why.
+    Raises ValueError for other metrics, and as `Inference.factors` and `load_lpips` do.
+    """
+    metrics = _chosen(run, metrics, weights)
+    if count < 1:
+        raise ValueError(f"count is {count}, must be at least 1")
+    names = {name.removeprefix("swap_") for name in metrics} & set(ERRORS)
+    functions = error_functions([name for name in ERRORS if name in names], weights, run.device)
+    swaps = Swaps(run, run.factors(), count, seed)
+    if not len(swaps.test):
+        raise ValueError("the set has no test images: docs/translation.md says which those are")
+    metrics = _known(metrics, swaps)
+    facts = {**run.described, "test_images": len(swaps.test), "seed": seed}
+    records: dict[str, dict] = {}
+    if asked := [name for name in metrics if name in SWAPS]:
+        chosen = {name: functions[name.removeprefix("swap_")] for name in asked}
+        values = swaps.errors(chosen)
+        beside = {answer.replace(" ", "_"): found for answer, found in swaps.baselines(chosen).items()}
+        for name in asked:
+            others = {answer: found[name] for answer, found in beside.items()}
+            records[name] = {"value": values[name], **others, **facts, "pairs": len(swaps.givers)}
+    if asked := [name for name in metrics if name in ERRORS]:
+        values = swaps.reconstruction_errors({name: functions[name] for name in asked})
+        records |= {name: {"value": values[name], **facts} for name in asked}
+    for name in (name for name in metrics if name in PROBES):
+        factor, _, code = name.removesuffix("_code").split("_")
+        about = {"chance": swaps.chance(factor), **facts, "training_images": len(swaps.training)}
+        records[name] = {"value": swaps.probe(factor, code), **about}
+    if folder is not None:
+        for name, record in records.items():
+            append_metric(folder, name, record)
+    return {name: records[name] for name in metrics}
+
+
+def error_functions(names: Iterable[str], weights=None, device="cpu") -> dict[str, translation.ImageError]:
+    """Functions of (images, truth) [B, C, R, R] in [0, 1] -> [B], by their names in `ERRORS`."""
+    found = {"mse": translation.mse, "ssim": translation.ssim}
+    return {name: load_lpips(weights, device) if name == "lpips" else found[name] for name in names}
+
+
+class Swaps:
+    """A two_encoder model's codes of a set, and the pairs of test images whose contents change hands.
+
+    count: at most so many test images, and as many training images; None takes all.
+    Numbers of images are int64 [n] into the set; codes z are the posterior means, on the CPU.
+    """
+
+    def __init__(self, run: Inference, factors: Factors, count: int | None = None, seed: int = 0):
+        self.run, self.factors, self.seed = run, factors, seed
+        self.test, self.training = (_some(which, count, seed) for which in (factors.test, ~factors.test))
+        self.numbers = torch.cat([self.test, self.training]).sort().values
+
+    @functools.cached_property
+    def z(self) -> Tensor:
+        """Codes [k, Z] of the images `numbers` [k]."""
+        encode = lambda rows, _: self.run.model.encode(self.images(rows)).mean
+        return self.run.map(encode, self.numbers, "encode")
+
+    @functools.cached_property
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(class givers, content givers, images that hold both), numbers [n]; none where a set has none."""
+        factors = self.factors
+        among = torch.zeros_like(factors.test).index_fill(0, self.test, True)
+        givers, others = translation.swap_pairs(factors.classes, factors.contents, among, self.seed)
+        truth = factors.find(factors.classes[givers], factors.contents[others])
+        known = truth >= 0
+        return givers[known], others[known], truth[known]
+
+    @property
+    def givers(self) -> Tensor:
+        return self.pairs[0]
+
+    def images(self, numbers: Tensor) -> Tensor:
+        """Images [n, C, R, R] in [0, 1], on the model's device."""
+        return to_float(self.factors.images[numbers.cpu()]).to(self.run.device)
+
+    def codes(self, numbers: Tensor) -> Tensor:
+        """Codes [n, Z] of images that are among `numbers`."""
+        return self.z[torch.searchsorted(self.numbers, numbers)]
+
+    def errors(self, functions: Functions) -> dict[str, float]:
+        """Means of the errors of swapped images."""
+        givers, others, truth = self.pairs
+        return self._decoded_errors(
+            functions, self.run.model.swap(self.codes(givers), self.codes(others)), truth
+        )
+
+    def reconstruction_errors(self, functions: Functions) -> dict[str, float]:
+        """Means of the errors of the reconstructed test images."""
+        return self._decoded_errors(functions, self.codes(self.test), self.test)
+
+    def baselines(self, functions: Functions) -> dict[str, dict[str, float]]:
+        """Means of the errors of answers that no model is needed for."""
+        givers, others, truth = self.pairs
+        mean = mean_image(self.factors).to(self.run.device)
+        answers: dict[str, Callable[[slice], Tensor]] = {
+            "image that gives the class": lambda part: self.images(givers[part]),
+            "image that gives the content": lambda part: self.images(others[part]),
+            "mean image": lambda part: mean.expand(len(truth[part]), -1, -1, -1),
+        }
+        if len(truth) > 1:
+            wrong = translation.shuffled(truth, self.seed)
+            answers = {"truth of another pair": lambda part: self.images(wrong[part]), **answers}
+        return {name: self._errors(functions, answer, truth) for name, answer in answers.items()}
+
+    def probe(self, factor: str, code: str) -> float:
+        """Accuracy, on test images, of a linear classifier from a code to a factor, each of `CODES`."""
+        values = self.run.model.split(self.z)[CODES.index(code)]
+        return translation.probe_accuracy(values, *self._labels(factor))
+
+    def chance(self, factor: str) -> float:
+        """Accuracy of the most frequent answer."""
+        return translation.chance(*self._labels(factor))
+
+    def tells(self, factor: str) -> bool:
+        """Whether a classifier of that factor can be trained on the training and tried on the test images."""
+        labels, test = self._labels(factor)
+        return bool((labels >= 0).all()) and bool(torch.isin(labels[test], labels[~test]).any())
+
+    def _labels(self, factor: str) -> tuple[Tensor, Tensor]:
+        labels = self.factors.classes if factor == "class" else self.factors.contents
+        return labels[self.numbers], self.factors.test[self.numbers]
+
+    def _decoded_errors(self, functions: Functions, z: Tensor, truth: Tensor) -> dict[str, float]:
+        def answer(part: slice) -> Tensor:
+            with self.run.casting():
+                return self.run.model.decode(z[part].to(self.run.device)).float()
+
+        return self._errors(functions, answer, truth)
+
+    @torch.no_grad()
+    def _errors(
+        self, functions: Functions, answer: Callable[[slice], Tensor], truth: Tensor
+    ) -> dict[str, float]:
+        parts = [slice(i, i + self.run.batch) for i in range(0, len(truth), self.run.batch)]
+        rows = []
+        for part in parts:
+            made, right = answer(part), self.images(truth[part])
+            rows.append([function(made, right) for function in functions.values()])
+        columns = zip(*rows, strict=True)
+        return {name: torch.cat(found).mean().item() for name, found in zip(functions, columns, strict=True)}
+
+
+def to_float(stored: Tensor) -> Tensor:
+    """Stored images uint8 [n, R, R, C] as a two_encoder model takes them, [n, C, R, R] in [0, 1]."""
+    return stored.permute(0, 3, 1, 2).float() / 255
+
+
+def mean_image(factors: Factors) -> Tensor:
+    """The mean of all images, [C, R, R] in [0, 1]."""
+    total = sum(part.sum(0, dtype=torch.int64) for part in factors.images.split(4096))
+    return (total.double() / (255 * len(factors.images))).permute(2, 0, 1).float()
+
+
+def _some(which: Tensor, count: int | None, seed: int) -> Tensor:
+    """The numbers of at most `count` images of a mask, in order."""
+    numbers = which.nonzero().flatten()
+    if count is None or len(numbers) <= count:
+        return numbers
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
+    return numbers[order[:count]].sort().values
+
+
+def _chosen(run: Inference, metrics: Sequence[str] | None, weights) -> list[str]:
+    if run.config.model.kind != "two_encoder":
+        raise ValueError(f"model.kind is {run.config.model.kind}: swaps need two_encoder")
+    if metrics is None:
+        wanted = {"mse": True, "ssim": run.resolution >= 11, "lpips": weights is not None}
+        return [name for name in METRICS if wanted.get(name.removeprefix("swap_"), True)]
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"metrics are {', '.join(metrics)}, must be some of {', '.join(METRICS)}")
+    return list(dict.fromkeys(metrics))
+
+
+def _known(metrics: Sequence[str], swaps: Swaps) -> list[str]:
+    """The metrics that the set can tell; says which it cannot."""
+    missing = {}
+    for name in metrics:
+        if name in SWAPS and not len(swaps.givers):
+            missing[name] = "no image is known to hold the class of one test image and the content of another"
+        elif name in PROBES and not swaps.tells(factor := name.split("_")[0]):
+            missing[name] = f"the training images do not tell the {factor} of the test images"
+    if missing:
+        why = "; ".join(dict.fromkeys(missing.values()))
+        logger.warning("left out: %s (%s)", ", ".join(missing), why)
+    return [name for name in metrics if name not in missing]

@@ -1,0 +1,175 @@
+"""A trained model with all that its use needs, whatever it is a model of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sivae_fast.checkpoint import load
+from sivae_fast.config import Config
+from sivae_fast.contract import Model
+from sivae_fast.data.parallel import progress_bar
+from sivae_fast.draws import Draws, Rows
+from sivae_fast.evaluation import batchnorm
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+#: Batches that batch norm is recalibrated with.
+CALIBRATION = 32
+
+
+class Trained:
+    """What `Inference` (images) and `CloudInference` (point clouds) share: batches, precision, batch norm.
+
+    model: on its device and at its level. config, images: what it was trained with, and how far.
+    batch: items in one pass; the noise of stochastic decoders depends on it, other results do not.
+    batch_norm: "running", "batch" or "recalibrated" (see `evaluation.batchnorm`) for models that have it;
+        None takes `default_batch_norm`. Recalibrated: the encoder with the training data, the decoder with
+        prior samples.
+    data: where the data of the run are, if not where the run found them.
+    Raises ValueError for options that do not fit.
+    """
+
+    #: Values of model.kind that the class takes, and what batch_norm is where it is not given.
+    kinds: tuple[str, ...] = ()
+    default_batch_norm = "recalibrated"
+
+    def __init__(
+        self,
+        model: Model,
+        config: Config,
+        images: int,
+        *,
+        weights: str = "averaged",
+        precision: str = "fp32",
+        batch: int = 64,
+        batch_norm: str | None = None,
+        data: str | os.PathLike | None = None,
+        show: bool = True,
+    ):
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}, must be one of {', '.join(PRECISIONS)}")
+        if batch < 1:
+            raise ValueError(f"batch is {batch}, must be at least 1")
+        if batch_norm is not None and batch_norm not in batchnorm.MODES:
+            raise ValueError(f"batch_norm is {batch_norm!r}, must be one of {', '.join(batchnorm.MODES)}")
+        check_kind(config, self.kinds)
+        self.model, self.config, self.images = model.eval(), config, images
+        self.device = next(model.parameters()).device
+        self.weights, self.precision, self.autocast = weights, precision, PRECISIONS[precision]
+        self.batch, self.show = batch, show
+        self.data_path = data
+        self.batch_norm = None
+        if model.uses_batch_statistics:
+            self.batch_norm = batch_norm or self.default_batch_norm
+        self._encoder_is_ready = self._decoder_is_ready = self.batch_norm != "recalibrated"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, averaged: bool = True, device: str = "auto", **options):
+        """The model of a run folder, checkpoint or snapshot; further options as the constructor.
+
+        averaged: the averaged weights; False takes those of the optimizer. device: "auto" is the GPU where
+        there is one. Raises CheckpointError, naming the file, for what is no model, ValueError for a device
+        that this machine does not have.
+        """
+        model = load(path, averaged, pick_device(device))
+        weights = "averaged" if averaged else "raw"
+        return cls(model, model.config, model.images, weights=weights, **options)
+
+    @property
+    def described(self) -> dict[str, object]:
+        """What belongs beside every number and picture of this model."""
+        facts = {"images": self.images, "weights": self.weights, "precision": self.precision, **self.size}
+        return facts | ({"batch_norm": self.batch_norm} if self.batch_norm else {})
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Of what the model makes, by the name of its unit."""
+        raise NotImplementedError
+
+    def calibration_batches(self) -> Iterable[Tensor]:
+        """Batches of training data as the model takes them, for the encoder's batch norm."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Brings batch norm into its mode, for those who call the model itself."""
+        self._calibrate_encoder()
+        self._calibrate_decoder()
+
+    def casting(self) -> torch.autocast:
+        """The context in which the model computes with this precision, for those who call it themselves."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+    def prior(self, count: int, seed: int) -> Tensor:
+        """Prior samples [count, Z]: the same for the same seed on every device and at every batch size."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(count, self.model.latent_size, generator=generator) * self.model.prior_std
+
+    def style_options(self, option: str, value, default) -> dict:
+        """{option: value} where it is not the default; ValueError where the model has no styles."""
+        if value == default:
+            return {}
+        if self.config.model.kind != "style":
+            raise ValueError(
+                f"{option}={value}: this model is of kind {self.config.model.kind}, styles need style"
+            )
+        return {option: value}
+
+    def map(self, body: Callable, rows: Tensor, title: str, seed: int = 0) -> Tensor:
+        """body(rows of a batch on the device, stream) for all rows, float32 on the CPU."""
+        return torch.cat([x.float().cpu() for x in self._batches(body, rows, title, seed)])
+
+    @torch.no_grad()
+    def _batches(self, body: Callable, rows: Tensor, title: str, seed: int) -> Iterator[Tensor]:
+        statistics = batchnorm.batch_statistics(self.model) if self.batch_norm == "batch" else nullcontext()
+        with statistics, progress_bar(len(rows), title, self.show and len(rows) > self.batch) as bar:
+            for start in range(0, len(rows), self.batch):
+                part = rows[start : start + self.batch]
+                stream = Draws(seed, start, Rows.all(len(part)), self.device).stream(title)
+                with self.casting():
+                    out = body(part.to(self.device), stream)
+                yield out
+                bar.update(len(part))
+
+    def _calibrate_encoder(self) -> None:
+        if not self._encoder_is_ready:
+            self._encoder_is_ready = True
+            batchnorm.recalibrate_encoder(self.model, self.calibration_batches())
+
+    def _calibrate_decoder(self) -> None:
+        if not self._decoder_is_ready:
+            self._decoder_is_ready = True
+            latents = batchnorm.prior_batches(self.model, CALIBRATION, self.batch, device=self.device)
+            batchnorm.recalibrate_decoder(self.model, latents)
+
+    def _where_the_data_are(self) -> str | os.PathLike | None:
+        """None is the made set of data that have one. Raises ValueError for what is not there any more."""
+        path = self.data_path or self.config.data.path
+        if path is not None and not Path(path).exists():
+            raise ValueError(
+                f"the data of the run are needed, and {path} does not exist: give data=PATH (--data PATH)"
+            )
+        return path
+
+
+def check_kind(config: Config, kinds: tuple[str, ...]) -> None:
+    """Raises ValueError for a model.kind that is none of `kinds`."""
+    if config.model.kind not in kinds:
+        *others, last = kinds
+        accepted = f"{', '.join(others)} and {last}" if others else last
+        raise ValueError(f"model.kind is {config.model.kind}: this takes {accepted} models")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, "auto" the GPU where there is one. ValueError for what is not there."""
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    names = ["cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
+    if str(name) not in names:
+        raise ValueError(f"device is {str(name)!r}, this machine has {', '.join(['auto', *names])}")
+    return torch.device(name)
