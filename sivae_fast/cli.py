@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import sys
-from pathlib import Path
 
 from sivae_fast.checkpoint import CheckpointError
 from sivae_fast.config import ConfigError
@@ -122,30 +121,19 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     add("--raw", action="store_true", help="the weights of the optimizer, not their average")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--precision", default="fp32", help="fp32 or bf16")
-    add("--batch", type=int, default=64, help="images in one pass")
+    add("--batch", type=int, default=64, help="images or clouds in one pass")
     add("--batch-norm", help="running, batch or recalibrated, for models that have batch norm")
-    add("--data", help="the training images, where they are not where the run found them")
+    add("--data", help="the data, where they are not where the run found them")
     add("--seed", type=int, default=0)
 
 
-def _load(model, raw, device, precision, batch, batch_norm, data):
-    from sivae_fast.inference import Inference
-
-    return Inference.load(
-        model,
-        averaged=not raw,
-        device=device,
-        precision=precision,
-        batch=batch,
-        batch_norm=batch_norm,
-        data=data,
-    )
-
-
-def _split(options: dict):
+def _opened(options: dict):
     """(the loaded model, the options that are left for the command)."""
-    names = ("model", "raw", "device", "precision", "batch", "batch_norm", "data")
-    return _load(*(options.pop(name) for name in names)), options
+    from sivae_fast.commands.opening import open_run
+
+    path, averaged = options.pop("model"), not options.pop("raw")
+    names = ("device", "precision", "batch", "batch_norm", "data")
+    return open_run(path, averaged=averaged, **{name: options.pop(name) for name in names}), options
 
 
 def _add_sample(commands) -> None:
@@ -160,7 +148,7 @@ def _add_sample(commands) -> None:
 def _sample(**options) -> None:
     from sivae_fast.commands.pictures import sample
 
-    run, options = _split(options)
+    run, options = _opened(options)
     print(sample(run, **options))
 
 
@@ -177,7 +165,7 @@ def _add_reconstruct(commands) -> None:
 def _reconstruct(**options) -> None:
     from sivae_fast.commands.pictures import reconstruct
 
-    run, options = _split(options)
+    run, options = _opened(options)
     print(json.dumps(reconstruct(run, **options)))
 
 
@@ -195,7 +183,7 @@ def _add_interpolate(commands) -> None:
 def _interpolate(**options) -> None:
     from sivae_fast.commands.pictures import interpolate
 
-    run, options = _split(options)
+    run, options = _opened(options)
     print(interpolate(run, **options))
 
 
@@ -213,17 +201,17 @@ def _add_mix(commands) -> None:
 def _mix(**options) -> None:
     from sivae_fast.commands.pictures import mix
 
-    run, options = _split(options)
+    run, options = _opened(options)
     print(mix(run, **options))
 
 
 def _add_evaluate(commands) -> None:
     command = _command(commands, "evaluate", _evaluate, "Measure a model; results go into its run folder.")
     _add_model(command)
-    command.add_argument("--metrics", nargs="+", help="e.g. fid kid precision mse ssim log_likelihood")
-    command.add_argument("--features", default="inception", help="network of fid and its kin")
+    command.add_argument("--metrics", nargs="+", help="by kind of model, see docs/evaluation.md")
+    command.add_argument("--features", help="network of fid and its kin: inception, random")
     command.add_argument("--weights", help="file or folder of the networks' weights")
-    command.add_argument("--count", type=int, default=50_000, help="images")
+    command.add_argument("--count", type=int, default=50_000, help="at most so many images or clouds")
     command.add_argument("--ood", nargs="+", metavar="SET", help="image sets to be told from the model's own")
     command.add_argument("--own", help="held-out images of the model's kind, for --ood")
     command.add_argument("--out", help="folder of the results of --ood (default: the run folder)")
@@ -238,69 +226,11 @@ def _add_evaluate(commands) -> None:
     )
 
 
-def _evaluate(metrics, features, weights, count, ood, own, out, **options) -> None:
+def _evaluate(**options) -> None:
+    from sivae_fast.commands.evaluate import evaluate
+
     estimate = {name: options.pop(name) for name in ("samples", "variance", "proposal") if name in options}
-    if estimate and not ood and "log_likelihood" not in (metrics or ()):
-        raise ValueError(f"--{next(iter(estimate))} is for --ood and for --metrics log_likelihood")
-    if ood and metrics:
-        raise ValueError("--ood and --metrics are two evaluations: give one of them")
-    folder = Path(options["model"]) if Path(options["model"]).is_dir() else None
-    if _kind_of(options["model"]) == "density":
-        if ood or metrics:
-            raise ValueError(
-                "a model of points in the plane has one evaluation: leave out --ood and --metrics"
-            )
-        results = _evaluate_density(options["model"], options["raw"], options["seed"], folder)
-    elif ood:
-        from sivae_fast.measure import detect_others
-
-        seed = options.pop("seed")
-        run, _ = _split(options)
-        results = detect_others(
-            run, _named(ood), out or folder or ".", own=own, count=count, seed=seed, **estimate
-        )
-    else:
-        results = _evaluate_images(metrics, features, weights, count, folder, options, estimate)
-    print(json.dumps(results, indent=1))
-
-
-def _named(paths: list[str]) -> dict[str, str]:
-    """Sets by their file names, or by their paths where two have one name."""
-    names = [Path(path).stem for path in paths]
-    return {path if names.count(name) > 1 else name: path for name, path in zip(names, paths, strict=True)}
-
-
-def _evaluate_images(metrics, features, weights, count, folder, options, estimate) -> dict:
-    from sivae_fast.evaluation import fid
-    from sivae_fast.evaluation.features import load_features
-    from sivae_fast.measure import evaluate
-
-    metrics, data, seed = metrics or ["fid"], options["data"], options.pop("seed")
-    run, _ = _split(options)
-    network = load_features(features, weights, run.device) if set(metrics) & set(fid.METRICS) else None
-    about = {"count": count, "seed": seed, "data": data, "weights": weights, "folder": folder}
-    return evaluate(run, metrics, features=network, **about, **estimate)
-
-
-def _evaluate_density(path: str, raw: bool, seed: int, folder: Path | None) -> dict:
-    from sivae_fast.checkpoint import load
-    from sivae_fast.data.densities import Density
-    from sivae_fast.evaluation.density import evaluate_density
-    from sivae_fast.run import append_metric
-
-    model = load(path, averaged=not raw)
-    density = Density(model.config.data.name)
-    scores = evaluate_density(model, density.sample, density.half_range, seed)
-    if folder:
-        for name, value in scores.items():
-            append_metric(folder, name, {"images": model.images, "value": value, "seed": seed})
-    return scores
-
-
-def _kind_of(path: str) -> str:
-    from sivae_fast.checkpoint import load
-
-    return load(path).config.data.kind
+    print(json.dumps(evaluate(**options, estimate=estimate), indent=1))
 
 
 def _add_report(commands) -> None:

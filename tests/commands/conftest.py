@@ -20,6 +20,8 @@ STYLE = {
     "latent_size": 8,
     "mapping_layers": 2,
 }
+POINTNET = {"kind": "pointnet", "points": 20, "latent_size": 4}
+TWO_ENCODER = {"kind": "two_encoder", "resolution": 16, "class_size": 4, "content_size": 4, "width": 4}
 RESIDUAL = {"kind": "residual", "resolution": 16, "channels": 1, "widths": [4, 8], "latent_size": 4}
 
 
@@ -33,10 +35,30 @@ def write_images(folder, count, channels, side=16, seed=0, dark=1.0):
     return folder
 
 
+def write_clouds(path, count=60, points=20, seed=0):
+    """Clouds of points on spheres, ellipsoids and discs of radius 0.5 at most."""
+    points = np.random.default_rng(seed).normal(size=(count, points, 3))
+    points /= 2 * np.linalg.norm(points, axis=2, keepdims=True)
+    np.save(path, (points * np.linspace(0, 1, count)[:, None, None] ** [0, 0, 1]).astype(np.float32))
+    return path
+
+
+def write_videos(root, frames=20):
+    """KTH: people in front of the camera; what they do in a frame is unknown."""
+    random = np.random.default_rng(0)
+    for person in range(3):
+        folder = root / f"person{person:02}_handwaving_d4_frames"
+        folder.mkdir(parents=True)
+        for i in range(frames):
+            frame = random.integers(40 * person, 40 * person + 100, (12, 16), dtype=np.uint8)
+            Image.fromarray(frame).save(folder / f"{i:03}.png")
+    return root
+
+
 def write_run(folder, data, model, value_range="symmetric", images=1000, **sections):
-    config = make_config(
-        {"model": model, "data": {"path": str(data), "value_range": value_range}, **sections}
-    )
+    if not isinstance(data, dict):
+        data = {"path": str(data), "value_range": value_range}
+    config = make_config({"model": model, "data": data, **sections})
     (folder / "snapshots").mkdir(parents=True)
     (folder / "samples").mkdir()
     (folder / "run.json").write_text(json.dumps({"name": folder.name, "config_hash": ""}))
@@ -54,6 +76,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     colour = write_images(root / "colour", 24, 3)
     grey = write_images(root / "grey", 24, 1)
+    clouds = write_clouds(root / "clouds.npy")
     growth = {"images_per_level": 1000, "fade": 0.5}
     return SimpleNamespace(
         colour=colour,
@@ -62,6 +85,17 @@ def runs(tmp_path_factory):
         style=write_run(root / "00000-style", colour, STYLE),
         growing=write_run(root / "00001-growing", colour, STYLE, images=1500, growth=growth),
         residual=write_run(root / "00002-residual", grey, RESIDUAL, "unit"),
+        clouds=write_run(
+            root / "00004-clouds",
+            {"kind": "pointclouds", "path": str(clouds), "points": 20},
+            POINTNET,
+        ),
+        translation=write_run(root / "00005-translation", {"kind": "factors"}, TWO_ENCODER),
+        videos=write_run(
+            root / "00006-videos",
+            {"kind": "factors", "path": str(write_videos(root / "kth"))},
+            {**TWO_ENCODER, "channels": 1},
+        ),
         density=write_run_of_points(root / "00003-density"),
     )
 

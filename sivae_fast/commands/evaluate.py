@@ -1,0 +1,102 @@
+"""evaluate: the measures that a kind of model has, from the options of the command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sivae_fast.checkpoint import load
+from sivae_fast.commands.opening import open_run
+from sivae_fast.inference_clouds import CloudInference
+
+
+def evaluate(
+    model: str,
+    *,
+    raw: bool = False,
+    seed: int = 0,
+    metrics: Sequence[str] | None = None,
+    features: str | None = None,
+    weights: str | None = None,
+    count: int = 50_000,
+    ood: Sequence[str] | None = None,
+    own: str | None = None,
+    out: str | None = None,
+    estimate: dict | None = None,
+    **options,
+) -> dict:
+    """Measures the model at the path `model`; the records also go into its run folder, if it is one.
+
+    estimate: options of log p(x). options: those of `Trained.load`, without `averaged`.
+    Raises ValueError for options that do not fit the kind of the model or each other.
+    """
+    estimate = estimate or {}
+    if estimate and not ood and "log_likelihood" not in (metrics or ()):
+        raise ValueError(f"--{next(iter(estimate))} is for --ood and for --metrics log_likelihood")
+    if ood and metrics:
+        raise ValueError("--ood and --metrics are two evaluations: give one of them")
+    folder = Path(model) if Path(model).is_dir() else None
+    kind = load(model).config.model.kind
+    if kind == "mlp":
+        if ood or metrics:
+            raise ValueError(
+                "a model of points in the plane has one evaluation: leave out --ood and --metrics"
+            )
+        return _density(model, raw, seed, folder)
+    if kind in ("pointnet", "two_encoder"):
+        _refuse(kind, ood=ood, own=own, out=out, features=features)
+    if kind == "pointnet":
+        _refuse(kind, weights=weights)
+    run = open_run(model, averaged=not raw, **options)
+    if isinstance(run, CloudInference):
+        from sivae_fast.measure_clouds import evaluate_clouds
+
+        return evaluate_clouds(run, metrics, count=count, seed=seed, folder=folder)
+    if kind == "two_encoder":
+        from sivae_fast.measure_translation import evaluate_translation
+
+        return evaluate_translation(run, metrics, count=count, seed=seed, weights=weights, folder=folder)
+    if ood:
+        from sivae_fast.measure import detect_others
+
+        where = out or folder or "."
+        return detect_others(run, _named(ood), where, own=own, count=count, seed=seed, **estimate)
+    return _images(run, metrics or ["fid"], features, weights, count, seed, folder, estimate)
+
+
+def _refuse(kind: str, **options) -> None:
+    for name, value in options.items():
+        if value is not None:
+            shown = " ".join(value) if isinstance(value, list) else value
+            raise ValueError(f"--{name} {shown}: model.kind is {kind}, this option is for other models")
+
+
+def _named(paths: Sequence[str]) -> dict[str, str]:
+    """Sets by their file names, or by their paths where two have one name."""
+    names = [Path(path).stem for path in paths]
+    return {path if names.count(name) > 1 else name: path for name, path in zip(names, paths, strict=True)}
+
+
+def _images(run, metrics, features, weights, count, seed, folder, estimate) -> dict:
+    from sivae_fast.evaluation import fid
+    from sivae_fast.evaluation.features import load_features
+    from sivae_fast.measure import evaluate
+
+    compared = set(metrics) & set(fid.METRICS)
+    network = load_features(features or "inception", weights, run.device) if compared else None
+    about = {"count": count, "seed": seed, "data": run.data_path, "weights": weights, "folder": folder}
+    return evaluate(run, metrics, features=network, **about, **estimate)
+
+
+def _density(path: str, raw: bool, seed: int, folder: Path | None) -> dict:
+    from sivae_fast.data.densities import Density
+    from sivae_fast.evaluation.density import evaluate_density
+    from sivae_fast.run import append_metric
+
+    model = load(path, averaged=not raw)
+    density = Density(model.config.data.name)
+    scores = evaluate_density(model, density.sample, density.half_range, seed)
+    if folder:
+        for name, value in scores.items():
+            append_metric(folder, name, {"images": model.images, "value": value, "seed": seed})
+    return scores
