@@ -96,6 +96,8 @@ class Objective(nn.Module):
 
     #: False: the VAE phase is all there is, no fake passes needed.
     introspective = True
+    #: False: the encoder's loss knows fakes by their KL alone, no reconstructions of them needed.
+    reconstructs_fakes = True
     _statistic: str | None = None
     _weights = ("beta_rec", "beta_kl", "beta_neg", "gamma_r")
 
@@ -299,6 +301,7 @@ class IntroVAE(Objective):
     `Objective`.
     """
 
+    reconstructs_fakes = False
     _statistic = "hinge"
     _weights = (*Objective._weights, "margin")
 
@@ -330,6 +333,7 @@ class LinearIntroVAE(Objective):
     Further options: see `Objective`.
     """
 
+    reconstructs_fakes = False
     _member = Member.LINEAR
 
     def __init__(self, *, beta_rec: float, beta_kl: float, beta_neg: float, **options):

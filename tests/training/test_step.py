@@ -10,7 +10,7 @@ from sivae_fast.draws import Draws, Rows
 from sivae_fast.models.mlp import MLPModel
 from sivae_fast.models.style import StyleModel
 from sivae_fast.models.two_encoder import TwoEncoderModel
-from sivae_fast.objectives import IntroVAE, SoftIntroVAE
+from sivae_fast.objectives import IntroVAE, LinearIntroVAE, SoftIntroVAE
 from sivae_fast.training.step import Step, posterior_surrogate
 
 BATCH = 4
@@ -87,8 +87,14 @@ def test_schedules_agree_on_the_style_model(lod, blend):
 
 @pytest.mark.parametrize(
     "objective",
-    [soft(), soft(0.5), IntroVAE(beta_rec=0.5, beta_kl=1, beta_neg=0.5, margin=5.0)],
-    ids=["soft", "soft with gamma_r", "introvae"],
+    [
+        soft(),
+        soft(0.5),
+        IntroVAE(beta_rec=0.5, beta_kl=1, beta_neg=0.5, margin=5.0),
+        IntroVAE(beta_rec=0.5, beta_kl=1, beta_neg=0.5, margin=5.0, hinge="batch"),
+        LinearIntroVAE(beta_rec=0.5, beta_kl=1, beta_neg=0.1),
+    ],
+    ids=["soft", "soft with gamma_r", "introvae", "introvae, batch hinge", "linear"],
 )
 def test_schedules_agree_on_the_mlp(objective):
     model, x = mlp_model(), torch.randn(BATCH, 2, dtype=torch.float64)
@@ -177,14 +183,14 @@ def test_vae_phase_equals_one_backward_through_both():
         torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad, rtol=1e-9, atol=1e-12)
 
 
-def forward_equivalents(schedule: str, gamma_r: float) -> float:
+def forward_equivalents(schedule: str, objective) -> float:
     """Multiply-adds of one iteration over those of one pass of one network (encoder and decoder alike)."""
     torch.manual_seed(0)
     model = StyleModel(64, start_channels=16, max_channels=64, latent_size=32, mapping_layers=2)
     x = torch.randn(2, 3, 64, 64)
     with FlopCounterMode(display=False) as one_pass, torch.no_grad():
         model.decode(model.encode(x).mean)
-    step = Step(model, soft(gamma_r), schedule=schedule, fresh_draws=schedule == "published")
+    step = Step(model, objective, schedule=schedule, fresh_draws=schedule == "published")
     draws = Draws(0, 0, Rows.all(2))
     with FlopCounterMode(display=False) as iteration:
         loss, shared = step.encoder_phase(x, draws)
@@ -194,10 +200,12 @@ def forward_equivalents(schedule: str, gamma_r: float) -> float:
 
 
 def test_passes_of_an_iteration():
-    published, minimal = forward_equivalents("published", 1e-8), forward_equivalents("minimal", 0.0)
+    published, minimal = forward_equivalents("published", soft(1e-8)), forward_equivalents("minimal", soft())
     assert published == pytest.approx(33, rel=0.03)
     assert minimal <= 24
     assert minimal == pytest.approx(24, rel=0.03)
+    hinge = IntroVAE(beta_rec=0.5, beta_kl=1, beta_neg=0.5, margin=5.0)
+    assert forward_equivalents("minimal", hinge) == pytest.approx(20, rel=0.03)
 
 
 @pytest.mark.parametrize("schedule, encodes, decodes", [("published", 19, 28), ("minimal", 18, 16)])
