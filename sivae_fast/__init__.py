@@ -18,6 +18,7 @@ _LOSSES = {
 }
 _MODELS = {  # need more than torch
     "Inference": "inference",
+    "CloudInference": "inference_clouds",
     "load": "checkpoint",
     "pull": "hub",
     "push": "commands.publish",

@@ -10,6 +10,8 @@ import sys
 from sivae_fast.checkpoint import CheckpointError
 from sivae_fast.config import ConfigError
 
+_RESIZE = "accept pictures of another size, and draw points from clouds of another size"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Wrong input ends in one line on standard error."""
@@ -37,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     _add_reconstruct(commands)
     _add_interpolate(commands)
     _add_mix(commands)
+    _add_translate(commands)
     _add_evaluate(commands)
     _add_report(commands)
     _add_convert(commands)
@@ -136,55 +139,73 @@ def _opened(options: dict):
     return open_run(path, averaged=averaged, **{name: options.pop(name) for name in names}), options
 
 
+def _pictures(run):
+    """The module that makes pictures of that kind of model."""
+    from sivae_fast.commands import clouds, pictures
+    from sivae_fast.inference_clouds import CloudInference
+
+    return clouds if isinstance(run, CloudInference) else pictures
+
+
 def _add_sample(commands) -> None:
-    command = _command(commands, "sample", _sample, "Pictures of prior samples.")
+    command = _command(commands, "sample", _sample, "Pictures of prior samples; clouds also as files.")
     _add_model(command)
-    command.add_argument("--out", default="samples.png", help="a .png grid, or a folder of single pictures")
-    command.add_argument("--count", type=int, default=64)
+    command.add_argument(
+        "--out",
+        default="samples.png",
+        help="a .png grid, or a folder of files; clouds: also .npy, .ply, .xml",
+    )
+    command.add_argument(
+        "--count", type=int, default=argparse.SUPPRESS, help="default: 64, 1 for a file of one cloud"
+    )
     command.add_argument("--columns", type=int)
     command.add_argument("--truncation", type=float, default=1.0, help="below 1: closer to the average style")
 
 
 def _sample(**options) -> None:
-    from sivae_fast.commands.pictures import sample
-
     run, options = _opened(options)
-    print(sample(run, **options))
+    print(_pictures(run).sample(run, **options))
 
 
 def _add_reconstruct(commands) -> None:
-    command = _command(commands, "reconstruct", _reconstruct, "Pictures above their reconstructions.")
+    command = _command(
+        commands, "reconstruct", _reconstruct, "Pictures, or clouds, above their reconstructions."
+    )
     _add_model(command)
-    command.add_argument("pictures", nargs="*", help="files (default: training images)")
-    command.add_argument("--out", default="reconstructions.png")
-    command.add_argument("--count", type=int, default=16)
+    command.add_argument(
+        "files", nargs="*", help="pictures; .ply or .npy clouds (default: the run's test or training data)"
+    )
+    command.add_argument(
+        "--out", default="reconstructions.png", help="clouds: also .npy, .ply, .xml or a folder"
+    )
+    command.add_argument(
+        "--count", type=int, default=argparse.SUPPRESS, help="default: 16, 1 for a file of one cloud"
+    )
     command.add_argument("--columns", type=int, default=8)
-    command.add_argument("--resize", action="store_true", help="accept pictures of another size")
+    command.add_argument("--resize", action="store_true", help=_RESIZE)
 
 
-def _reconstruct(**options) -> None:
-    from sivae_fast.commands.pictures import reconstruct
-
+def _reconstruct(files, **options) -> None:
     run, options = _opened(options)
-    print(json.dumps(reconstruct(run, **options)))
+    print(json.dumps(_pictures(run).reconstruct(run, options.pop("out"), files, **options)))
 
 
 def _add_interpolate(commands) -> None:
-    command = _command(commands, "interpolate", _interpolate, "Pictures between pictures, or an animation.")
+    command = _command(
+        commands, "interpolate", _interpolate, "Pictures between pictures or clouds, or an animation."
+    )
     _add_model(command)
-    command.add_argument("pictures", nargs="*", help="files (default: samples)")
-    command.add_argument("--out", default="interpolation.png", help=".png, .gif or .mp4")
+    command.add_argument("files", nargs="*", help="pictures; .ply or .npy clouds (default: samples)")
+    command.add_argument("--out", default="interpolation.png", help=".png, .gif or .mp4; clouds: also .npy")
     command.add_argument("--steps", type=int, default=7)
     command.add_argument("--space", default="z", help="z, or w of style models")
     command.add_argument("--milliseconds", type=int, default=60, help="of one picture of an animation")
-    command.add_argument("--resize", action="store_true", help="accept pictures of another size")
+    command.add_argument("--resize", action="store_true", help=_RESIZE)
 
 
-def _interpolate(**options) -> None:
-    from sivae_fast.commands.pictures import interpolate
-
+def _interpolate(files, **options) -> None:
     run, options = _opened(options)
-    print(interpolate(run, **options))
+    print(_pictures(run).interpolate(run, options.pop("out"), files, **options))
 
 
 def _add_mix(commands) -> None:
@@ -195,7 +216,7 @@ def _add_mix(commands) -> None:
     command.add_argument("--sources", nargs="*", default=(), help="files (default: samples)")
     command.add_argument("--destinations", nargs="*", default=(), help="files (default: samples)")
     command.add_argument("--count", type=int, default=6)
-    command.add_argument("--resize", action="store_true", help="accept pictures of another size")
+    command.add_argument("--resize", action="store_true", help=_RESIZE)
 
 
 def _mix(**options) -> None:
@@ -203,6 +224,28 @@ def _mix(**options) -> None:
 
     run, options = _opened(options)
     print(mix(run, **options))
+
+
+def _add_translate(commands) -> None:
+    command = _command(
+        commands,
+        "translate",
+        _translate,
+        "A grid of the classes of some pictures with the contents of others.",
+    )
+    _add_model(command)
+    command.add_argument("--classes", nargs="*", default=(), help="files (default: test images)")
+    command.add_argument("--contents", nargs="*", default=(), help="files (default: test images)")
+    command.add_argument("--out", default="translations.png")
+    command.add_argument("--count", type=int, default=5, help="test images of each")
+    command.add_argument("--resize", action="store_true", help=_RESIZE)
+
+
+def _translate(**options) -> None:
+    from sivae_fast.commands.translate import translate
+
+    run, options = _opened(options)
+    print(translate(run, **options))
 
 
 def _add_evaluate(commands) -> None:

@@ -101,15 +101,18 @@ class Inference(Trained):
         pictures = self.training_images(CALIBRATION * self.batch)
         return (self.to_input(part) for part in pictures.split(self.batch) if len(part) > 1)
 
-    def own_images(self, count: int) -> Tensor:
-        """uint8 [count, C, R, R] of the run's data: test images where it has them, else training images.
+    def own_images(self, count: int, seed: int = 0) -> Tensor:
+        """At most `count` images of the run's data, uint8 [n, C, R, R]: the first ones that it was trained on
+        or, of sets with class and content, test images drawn from `seed`.
 
         Raises ValueError where they are not there.
         """
         if self.config.data.kind != "factors":
             return self.training_images(count)
         factors = self.factors()
-        return factors.images[factors.test][:count].permute(0, 3, 1, 2).contiguous()
+        test = factors.images[factors.test]
+        chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:count]
+        return test[chosen].permute(0, 3, 1, 2).contiguous()
 
     def factors(self) -> Factors:
         """The set with class and content of each image (two_encoder models), read from the files.

@@ -67,6 +67,11 @@ class CloudInference(Trained):
         )
         return found.points
 
+    def own_clouds(self, count: int, seed: int = 0) -> Tensor:
+        """At most `count` test clouds of the run's data [n, points, 3], drawn from `seed`."""
+        clouds = self.clouds("test")
+        return clouds[torch.randperm(len(clouds), generator=torch.Generator().manual_seed(seed))[:count]]
+
     def read(self, files: Sequence[str | os.PathLike], resize: bool = False) -> Tensor:
         """Clouds [n, points, 3] of .ply files and of .npy arrays [points, 3] or [n, points, 3].
 

@@ -33,12 +33,12 @@ def sample(
 
     truncation below 1 pulls the coarse styles towards the average one (style models).
     """
-    _positive(count=count, columns=1 if columns is None else columns)
+    positive(count=count, columns=1 if columns is None else columns)
     if not 0 <= truncation < math.inf:
         raise ValueError(
             f"truncation is {truncation}, must be 0 or more: 1 changes nothing, 0 is the average"
         )
-    out = _writable(out)
+    out = writable(out)
     if out.suffix == ".png":
         save_grid(out, _rows(run.sample(count, seed, truncation), columns))
         return out
@@ -61,13 +61,13 @@ def reconstruct(
     resize: bool = False,
     seed: int = 0,
 ) -> dict[str, float]:
-    """A grid of images above their reconstructions, from the posterior mean; the training images by default.
+    """A grid of images above their reconstructions, from the posterior mean; by default of `own_images`.
 
     Returns the mean MSE, PSNR and (from 11 pixels on) SSIM of pixels in [0, 1].
     """
-    _positive(count=count, columns=columns)
-    out = _png(out)
-    images = run.read(pictures, count, resize) if pictures else run.training_images(count)
+    positive(count=count, columns=columns)
+    out = png(out)
+    images = run.read(pictures, count, resize) if pictures else run.own_images(count, seed)
     rec = run.reconstruct(images, seed)
     images = run.to_pixels(run.to_input(images))  # what the model saw: growing models, at their level
     pairs = [rows for pair in zip(images.split(columns), rec.split(columns), strict=True) for rows in pair]
@@ -99,10 +99,10 @@ def interpolate(
         raise ValueError(f"steps is {steps}, must be at least 2")
     if space not in SPACES:
         raise ValueError(f"space is {space!r}, must be one of {', '.join(SPACES)}")
-    out = _writable(out)
+    out = writable(out)
     if out.suffix not in (".png", ".gif", ".mp4"):
         raise ValueError(f"{out}: a name ending in .png, .gif or .mp4 is needed")
-    _positive(milliseconds=milliseconds)
+    positive(milliseconds=milliseconds)
     moving = out.suffix != ".png"
     ends = _ends(run, pictures, moving, seed, resize)
     if space == "w":
@@ -111,7 +111,7 @@ def interpolate(
     if moving:
         save_animation(out, show(_round_trip(ends, steps), seed), milliseconds=milliseconds)
     else:
-        save_grid(out, show(_between(ends, steps), seed).split(steps))
+        save_grid(out, show(between(ends, steps), seed).split(steps))
     return out
 
 
@@ -133,8 +133,8 @@ def mix(
     Pictures enter by their posterior mean; samples take their place where none are given.
     """
     run.style_options("mix", layers, "")
-    _positive(count=count)
-    out = _png(out)
+    positive(count=count)
+    out = png(out)
     start, stop = _layers(layers, 2 * (run.model.lod + 1))
 
     def styles_of(pictures, part):
@@ -163,7 +163,7 @@ def _ends(run: Inference, pictures, moving: bool, seed: int, resize: bool) -> Te
     return run.encode(images)
 
 
-def _between(ends: Tensor, steps: int) -> Tensor:
+def between(ends: Tensor, steps: int) -> Tensor:
     """[steps, ...] on the line between two ends, [steps * steps, ...] between four corners, row by row."""
     share = torch.linspace(0, 1, steps).view(-1, *[1] * (ends.ndim - 1))
     if len(ends) == 2:
@@ -195,20 +195,23 @@ def _rows(images: Tensor, columns: int | None) -> Sequence[Tensor]:
     return images.split(columns or math.ceil(math.sqrt(len(images))))
 
 
-def _positive(**options: int) -> None:
+def positive(**options: int) -> None:
+    """Raises ValueError for the first option that is below 1."""
     for name, value in options.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, must be at least 1")
 
 
-def _png(out: str | os.PathLike) -> Path:
-    path = _writable(out)
+def png(out: str | os.PathLike) -> Path:
+    """`writable(out)`. Raises ValueError for a name that does not end in .png."""
+    path = writable(out)
     if path.suffix != ".png":
         raise ValueError(f"{path}: a name ending in .png is needed")
     return path
 
 
-def _writable(out: str | os.PathLike) -> Path:
+def writable(out: str | os.PathLike) -> Path:
+    """The path `out`, whose folder is made where it is missing."""
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -1,10 +1,12 @@
-"""Vertices of .ply files, ascii and binary."""
+"""Vertices of .ply files: ascii and binary ones are read, binary ones written."""
 
 from __future__ import annotations
 
 import os
 
 import numpy as np
+
+from sivae_fast.files import atomic
 
 _SCALARS = {
     "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
@@ -39,6 +41,17 @@ def read_ply(path: str | os.PathLike) -> np.ndarray:
         return np.stack([vertices[axis].astype(np.float32) for axis in "xyz"], 1)
     except (ValueError, IndexError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def write_ply(path: str | os.PathLike, points: np.ndarray) -> None:
+    """Writes points [n, 3], as float32, as the vertices of a little-endian binary .ply file, atomically."""
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"{path}: points have shape {list(points.shape)}, accepted is [n, 3]")
+    properties = "".join(f"property float {axis}\n" for axis in "xyz")
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n{properties}end_header\n"
+    with atomic(path) as file:
+        file.write(header.encode())
+        file.write(np.ascontiguousarray(points, "<f4").tobytes())
 
 
 def _header(lines: list[list[str]]) -> tuple[str, int, list[tuple[str, str]]]:

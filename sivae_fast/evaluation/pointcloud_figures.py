@@ -28,14 +28,14 @@ def render(
     radius = radius or 0.016 * (2048 / len(cloud)) ** 0.25
     side = size * _SMOOTH
     pixels = side / 1.1  # of a unit of length
-    right, up, near = _camera(azimuth, elevation)
+    right, up, near = camera(azimuth, elevation)
     picture = _shadow(cloud, right, up, side, pixels)
     offset, normal = _ball(max(2, round(radius * pixels)))
     column, row = _pixel(cloud, right, up, side, pixels)
     column, row = column[:, None] + offset[:, 0], row[:, None] - offset[:, 1]
     depth = (cloud @ near)[:, None] + normal[:, 2] * radius
     light = 0.45 + 0.6 * (normal @ _LIGHT).clamp(min=0)
-    shade = (_colours(cloud)[:, None] * light[None, :, None]).clamp(max=1).flatten(0, 1)
+    shade = (colours(cloud)[:, None] * light[None, :, None]).clamp(max=1).flatten(0, 1)
     seen = ((row >= 0) & (row < side) & (column >= 0) & (column < side)).flatten()
     drawn, nearest = _nearest((row * side + column).flatten(), depth.flatten(), seen, side**2)
     picture[drawn] = shade[nearest]
@@ -48,14 +48,19 @@ def draw_clouds(path: str | os.PathLike, rows: Sequence[Tensor], size: int = 192
     save_grid(path, [torch.stack([render(cloud, size) for cloud in row]) for row in rows])
 
 
-def animate(path: str | os.PathLike, clouds: Tensor, size: int = 256, turns: float = 0.25) -> None:
-    """Writes clouds [frames, points, 3] as a GIF, there and back, while the camera goes `turns` around."""
+def animate(
+    path: str | os.PathLike, clouds: Tensor, size: int = 256, turns: float = 0.25, milliseconds: int = 60
+) -> None:
+    """Writes clouds [frames, points, 3] as a GIF, or an .mp4 film, there and back, while the camera goes
+    `turns` around. `milliseconds` of one frame.
+    """
     angles = [240 + 360 * turns * i / len(clouds) for i in range(len(clouds))]
     frames = [render(cloud, size, azimuth=angle) for cloud, angle in zip(clouds, angles, strict=True)]
-    save_animation(path, frames + frames[::-1])
+    save_animation(path, frames + frames[::-1], milliseconds=milliseconds)
 
 
-def _camera(azimuth: float, elevation: float) -> tuple[Tensor, Tensor, Tensor]:
+def camera(azimuth: float, elevation: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit vectors [3] to the right, upwards and towards the viewer; angles in degrees."""
     a, e = math.radians(azimuth), math.radians(elevation)
     near = torch.tensor([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
     right = torch.tensor([-math.sin(a), math.cos(a), 0.0])
@@ -79,7 +84,7 @@ def _ball(radius: int) -> tuple[Tensor, Tensor]:
     return offset[inside], torch.cat([flat, (1 - flat.square().sum(1, keepdim=True)).sqrt()], 1)
 
 
-def _colours(cloud: Tensor) -> Tensor:
+def colours(cloud: Tensor) -> Tensor:
     """Soft colours [n, 3] by position."""
     low, high = cloud.amin(0), cloud.amax(0)
     place = (cloud - low) / (high - low).clamp(min=1e-6)

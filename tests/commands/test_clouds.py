@@ -7,14 +7,19 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sivae_fast
 from sivae_fast.checkpoint import load
 from sivae_fast.cli import main
+from sivae_fast.commands.clouds import along
+from sivae_fast.data.ply import read_ply, write_ply
 from sivae_fast.data.pointclouds import load_clouds
 from sivae_fast.evaluation import pointcloud
+from sivae_fast.evaluation.mitsuba import scene
 from sivae_fast.inference import Inference
 from sivae_fast.inference_clouds import CloudInference
+from sivae_fast.kernels.chamfer import chamfer
 from sivae_fast.measure_clouds import evaluate_clouds
 from sivae_fast.run import read_metrics
 
@@ -122,3 +127,124 @@ def test_the_model_itself_is_one_line_of_python(runs, test_clouds):
     model = sivae_fast.load(runs.clouds)
     assert model.sample(4, seed=1).shape == (4, 20, 3)
     assert model.reconstruct(test_clouds).shape == test_clouds.shape
+
+
+def call(capsys, *arguments):
+    """(exit code, standard output, standard error) of one command."""
+    code = main([*map(str, arguments), "--device", "cpu"])
+    return code, *capsys.readouterr()
+
+
+def test_samples_as_picture_array_and_files(run, runs, tmp_path, capsys):
+    expected = run.sample(5, 3).numpy()
+    for name in ("s.npy", "folder", "s.png"):
+        code, said, _ = call(
+            capsys, "sample", runs.clouds, "--out", tmp_path / name, "--count", 5, "--seed", 3
+        )
+        assert code == 0 and said.strip() == str(tmp_path / name)
+    np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), expected)
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [file.name for file in files] == [f"{i:06d}.ply" for i in range(5)]
+    np.testing.assert_array_equal(np.stack([read_ply(file) for file in files]), expected)
+    assert Image.open(tmp_path / "s.png").size == (3 * 194 + 2, 2 * 194 + 2)
+    for name in ("one.ply", "one.xml"):
+        assert call(capsys, "sample", runs.clouds, "--out", tmp_path / name, "--seed", 3)[0] == 0
+    assert (tmp_path / "one.xml").read_text() == scene(run.sample(1, 3)[0])
+    np.testing.assert_allclose(read_ply(tmp_path / "one.ply"), run.sample(1, 3)[0].numpy(), rtol=1e-5)
+
+
+def test_reconstructions_of_test_clouds_and_of_files(run, runs, tmp_path, capsys, test_clouds):
+    out = tmp_path / "r.npy"
+    code, said, _ = call(capsys, "reconstruct", runs.clouds, "--out", out, "--count", 4, "--seed", 1)
+    chosen = run.own_clouds(4, 1)
+    assert code == 0 and len(chosen) == 4
+    assert all((test_clouds == cloud).all((1, 2)).any() for cloud in chosen)
+    np.testing.assert_allclose(np.load(out), run.reconstruct(chosen).numpy(), rtol=1e-5, atol=1e-7)
+    distance = chamfer(chosen, run.reconstruct(chosen), "mean").mean().item()
+    assert json.loads(said)["chamfer"] == pytest.approx(distance, rel=1e-5)
+    write_ply(tmp_path / "a.ply", test_clouds[0].numpy())
+    np.save(tmp_path / "b.npy", test_clouds[1:3].numpy())
+    np.save(tmp_path / "c.npy", test_clouds[3].numpy())
+    files = [tmp_path / name for name in ("a.ply", "b.npy", "c.npy")]
+    assert torch.equal(run.read(files), test_clouds[:4])
+    assert call(capsys, "reconstruct", runs.clouds, *files, "--out", tmp_path / "r.png")[0] == 0
+    assert Image.open(tmp_path / "r.png").size == (4 * 194 + 2, 2 * 194 + 2)
+    assert call(capsys, "reconstruct", runs.clouds, files[0], "--out", tmp_path / "one.ply")[0] == 0
+    one = run.reconstruct(test_clouds[:1])[0].numpy()
+    np.testing.assert_allclose(read_ply(tmp_path / "one.ply"), one, rtol=1e-5, atol=1e-7)
+
+
+def test_points_are_drawn_from_clouds_of_another_size_where_asked_for(run, tmp_path):
+    large = np.random.default_rng(0).random((50, 3)).astype(np.float32)
+    write_ply(tmp_path / "large.ply", large)
+    with pytest.raises(ValueError, match=r"large\.ply has 50 points, the model takes 20: give resize"):
+        run.read([tmp_path / "large.ply"])
+    (drawn,) = run.read([tmp_path / "large.ply"], resize=True)
+    assert {tuple(point) for point in drawn.tolist()} <= {tuple(point) for point in large.tolist()}
+    assert len({tuple(point) for point in drawn.tolist()}) == 20
+
+
+def test_clouds_between_clouds(run, runs, tmp_path, capsys, test_clouds):
+    np.save(tmp_path / "ends.npy", test_clouds[:2].numpy())
+    command = ["interpolate", runs.clouds, tmp_path / "ends.npy", "--out"]
+    assert call(capsys, *command, tmp_path / "i.npy", "--steps", 5)[0] == 0
+    first, last = run.encode(test_clouds[:2])
+    line = run.decode(torch.lerp(first[None], last[None], torch.linspace(0, 1, 5)[:, None]))
+    np.testing.assert_allclose(np.load(tmp_path / "i.npy"), line.numpy(), rtol=1e-4, atol=1e-6)
+    assert call(capsys, *command, tmp_path / "i.png", "--steps", 3)[0] == 0
+    assert Image.open(tmp_path / "i.png").size == (3 * 194 + 2, 194 + 2)
+    assert call(capsys, *command, tmp_path / "i.gif", "--steps", 3, "--milliseconds", 90)[0] == 0
+    film = Image.open(tmp_path / "i.gif")
+    assert film.n_frames >= 5 and film.info["duration"] == 90  # the turning point may be one long frame
+    assert call(capsys, "interpolate", runs.clouds, "--out", tmp_path / "own.png", "--steps", 2)[0] == 0
+    ends = torch.randn(4, 3)
+    path = along(ends, 3)
+    torch.testing.assert_close(path[::2], ends)
+    torch.testing.assert_close(path[1], ends[:2].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["sample", "--out", "s.jpg"],
+            "s.jpg: a name ending in .png, .npy, .ply, .xml or a folder is needed",
+        ),
+        (["sample", "--out", "s.ply", "--count", "2"], "s.ply holds one cloud, got 2"),
+        (["sample", "--count", "0"], "count is 0, must be at least 1"),
+        (["sample", "--truncation", "0.5"], "truncation=0.5: this model is of kind pointnet"),
+        (["sample", "--precision", "fp16"], "precision is 'fp16', must be one of fp32, bf16"),
+        (["sample", "--batch-norm", "eval"], "batch_norm is 'eval', must be one of running, batch"),
+        (["reconstruct", "gone.ply"], "gone.ply cannot be used: it does not exist"),
+        (["reconstruct", "note.txt"], "note.txt cannot be used: accepted are .ply files and .npy arrays"),
+        (["reconstruct", "torn.ply"], "torn.ply: not a .ply file"),
+        (["reconstruct", "flat.npy"], "flat.npy holds [4, 2]: accepted are [points, 3] and [n, points, 3]"),
+        (["reconstruct", "note.npy"], "note.npy: not a .npy array"),
+        (["reconstruct", "few.npy"], "few.npy has 9 points, the model takes 20: give resize (--resize)"),
+        (["reconstruct", "nan.npy"], "nan.npy: a coordinate is not finite, accepted are 20 points"),
+        (["reconstruct", "--data", "gone.npy"], "gone.npy does not exist: give data=PATH (--data PATH)"),
+        (["interpolate", "--out", "i.jpg"], "i.jpg: a name ending in .png, .gif, .mp4 or .npy is needed"),
+        (["interpolate", "--steps", "1"], "steps is 1, must be at least 2"),
+        (["interpolate", "--space", "w"], "space=w: this model is of kind pointnet"),
+        (["interpolate", "--space", "x"], "space is 'x', must be one of z, w"),
+        (
+            ["interpolate", "one.npy", "--out", "i.gif"],
+            "goes from one cloud to another: give 2 or more, got 1",
+        ),
+        (["interpolate", "one.npy", "one.npy", "one.npy"], "between 2 or 4 clouds, got 3"),
+        (["mix"], "mix=coarse: this model is of kind pointnet, styles need style"),
+        (["translate"], "model.kind is pointnet: this takes two_encoder models"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "note.txt").touch()
+    (tmp_path / "torn.ply").write_bytes(b"ply\n")
+    (tmp_path / "note.npy").write_bytes(b"no array")
+    one = np.random.default_rng(0).random((20, 3))
+    for name, array in {"flat": one[:4, :2], "few": one[:9], "nan": one * np.nan, "one": one}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    before = sorted(tmp_path.iterdir())
+    code, _, error = call(capsys, arguments[0], runs.clouds, *arguments[1:])
+    assert code == 1 and message in error and len(error.splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sivae_fast.commands.pictures import _between, _layers, _round_trip, interpolate, mix, reconstruct, sample
+from sivae_fast.commands.pictures import _layers, _round_trip, between, interpolate, mix, reconstruct, sample
 from sivae_fast.inference import Inference
 
 
@@ -49,9 +49,9 @@ def test_interpolation_begins_and_ends_at_the_pictures(residual, runs, tmp_path)
     interpolate(residual, tmp_path / "i.png", files[:2], steps=3)
     assert Image.open(tmp_path / "i.png").size == size(3, 1)
     ends = residual.encode(residual.read(files[:4]))
-    line = _between(ends[:2], 5)
+    line = between(ends[:2], 5)
     assert torch.equal(line[0], ends[0]) and torch.equal(line[-1], ends[1])
-    square = _between(ends, 3).view(3, 3, -1)
+    square = between(ends, 3).view(3, 3, -1)
     corners = square[0, 0], square[0, 2], square[2, 0], square[2, 2]
     torch.testing.assert_close(torch.stack(corners), ends)
     torch.testing.assert_close(square[1, 1], ends.mean(0))
@@ -68,7 +68,7 @@ def test_an_animation_visits_every_picture_and_returns(residual, style, runs, tm
 
 def test_interpolation_in_w_is_linear_in_styles(style, runs, tmp_path):
     z = style.encode(style.read([runs.colour], 2))
-    middle = _between(style.styles(z), 3)[1]
+    middle = between(style.styles(z), 3)[1]
     torch.testing.assert_close(middle, style.styles(z).mean(0))
     interpolate(style, tmp_path / "w.png", sorted(runs.colour.glob("*.png"))[:2], space="w")
     interpolate(style, tmp_path / "z.png", sorted(runs.colour.glob("*.png"))[:2], space="z")

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sivae_fast
 from sivae_fast import measure_translation
@@ -11,6 +13,7 @@ from sivae_fast.checkpoint import load
 from sivae_fast.cli import main
 from sivae_fast.data.factors import load_factors
 from sivae_fast.evaluation import translation
+from sivae_fast.figures import save_image
 from sivae_fast.inference import Inference
 from sivae_fast.measure_translation import METRICS, Swaps, evaluate_translation
 from sivae_fast.run import read_metrics
@@ -136,3 +139,87 @@ def test_the_model_itself_is_one_line_of_python(runs):
     model = sivae_fast.load(runs.translation)
     images = model.sample(4, seed=1)
     assert images.shape == model.reconstruct(images).shape == (4, 3, 16, 16)
+
+
+def cells(path, columns, rows, cell=96, gap=2):
+    """The pictures of a grid by (row, column), 16 x 16 numbers each."""
+    grid = np.asarray(Image.open(path)).astype(int)
+    assert grid.shape == (rows * (cell + gap) + gap, columns * (cell + gap) + gap, 3)
+    at = lambda place: slice(gap + place * (cell + gap), gap + place * (cell + gap) + cell, cell // 16)
+    return {(row, column): grid[at(row), at(column)] for row in range(rows) for column in range(columns)}
+
+
+def as_picture(image):
+    return image.permute(1, 2, 0).numpy()
+
+
+def test_a_grid_of_swapped_pictures(run, runs, tmp_path, capsys, made):
+    own = run.own_images(4, 2)
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for file, image in zip(files, own, strict=True):
+        save_image(file, image)
+    out = tmp_path / "deep" / "grid.png"
+    command = ["translate", str(runs.translation), "--device", "cpu", "--out", str(out)]
+    given = ["--classes", *map(str, files[::2]), "--contents", *map(str, files[1::2])]
+    assert main([*command, *given]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    grid = cells(out, 3, 3)
+    assert (grid[0, 0] == 255).all()
+    z = run.encode(own)
+    for i in range(2):
+        assert np.array_equal(grid[i + 1, 0], as_picture(own[2 * i]))
+        assert np.array_equal(grid[0, i + 1], as_picture(own[2 * i + 1]))
+        for j in range(2):
+            swapped = run.decode(run.model.swap(z[2 * i, None], z[2 * j + 1, None]))[0]
+            assert np.abs(grid[i + 1, j + 1] - as_picture(swapped)).max() <= 1
+    written = out.read_bytes()
+    assert main([*command, "--count", "2", "--seed", "2"]) == 0  # the same test images without files
+    assert out.read_bytes() == written
+    tests = {image.numpy().tobytes() for image in made.images[made.test].permute(0, 3, 1, 2)}
+    assert {image.numpy().tobytes() for image in own} <= tests
+
+
+def test_the_commands_of_image_models(run, runs, tmp_path, capsys):
+    common = [str(runs.translation), "--device", "cpu", "--out"]
+    assert main(["sample", *common, str(tmp_path / "s.png"), "--count", "4"]) == 0
+    assert main(["interpolate", *common, str(tmp_path / "i.png"), "--steps", "3"]) == 0
+    capsys.readouterr()
+    assert main(["reconstruct", *common, str(tmp_path / "r.png"), "--count", "6", "--seed", "5"]) == 0
+    images = run.own_images(6, 5)
+    error = ((images.float() - run.reconstruct(images).float()) / 255).square().mean().item()
+    assert json.loads(capsys.readouterr().out)["mse"] == pytest.approx(error, rel=1e-4)
+    assert all((tmp_path / f"{name}.png").exists() for name in "sir")
+
+
+def test_bad_pictures_are_named_in_one_line(runs, tmp_path, capsys):
+    save_image(tmp_path / "large.png", torch.zeros(3, 20, 20, dtype=torch.uint8))
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    out = tmp_path / "grid.png"
+    for path, arguments, message in [
+        (runs.translation, ["--classes", "large.png"], "large.png has 20x20 pixels, the model takes 16x16"),
+        (runs.translation, ["--contents", "torn.png"], "torn.png cannot be used: it is no readable picture"),
+        (runs.translation, ["--contents", "gone.png"], "gone.png cannot be used: it does not exist"),
+        (runs.translation, ["--count", "0"], "count is 0, must be at least 1"),
+        (runs.translation, ["--data", "gone"], "gone does not exist: give data=PATH (--data PATH)"),
+        (runs.translation, ["--out", "grid.gif"], "grid.gif: a name ending in .png is needed"),
+        (runs.residual, [], "model.kind is residual: this takes two_encoder models"),
+    ]:
+        arguments = [str(tmp_path / a) if a.endswith((".png", ".gif", "gone")) else a for a in arguments]
+        assert main(["translate", str(path), "--out", str(out), *arguments]) == 1
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1 and not out.exists()
+    assert main(["translate", str(runs.density), "--out", str(out)]) == 1
+    accepted = "model.kind is mlp: this takes style, residual, two_encoder and pointnet models"
+    assert accepted in capsys.readouterr().err
+    resized = ["--classes", str(tmp_path / "large.png"), "--resize", "--count", "1"]
+    assert main(["translate", str(runs.translation), "--out", str(out), *resized]) == 0 and out.exists()
+
+
+def test_grey_models_take_pictures_in_colour_as_grey_ones(runs, tmp_path):
+    """As all commands do: a single file is brought to the channels of the model."""
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    out = tmp_path / "g.png"
+    arguments = ["--classes", str(tmp_path / "red.png"), "--count", "2", "--out", str(out)]
+    assert main(["translate", str(runs.videos), *arguments]) == 0
+    assert cells(out, 3, 2)[1, 0].std() == 0

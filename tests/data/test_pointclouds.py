@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sivae_fast.data import pointclouds
+from sivae_fast.data import ply, pointclouds
 from sivae_fast.data.ply import read_ply
 from sivae_fast.data.pointclouds import Clouds, PointClouds, load_clouds, turned
 from sivae_fast.draws import Draws, Rows
@@ -43,6 +43,20 @@ def test_ply(tmp_path, form):
     points = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
     write_ply(tmp_path / "a.ply", points, form)
     np.testing.assert_array_equal(read_ply(tmp_path / "a.ply"), points)
+
+
+def test_a_written_ply_is_read_again(tmp_path):
+    points = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    ply.write_ply(tmp_path / "a.ply", points)
+    np.testing.assert_array_equal(read_ply(tmp_path / "a.ply"), points)
+    head, _, body = (tmp_path / "a.ply").read_bytes().partition(b"end_header\n")
+    assert head.split(b"\n")[:3] == [b"ply", b"format binary_little_endian 1.0", b"element vertex 20"]
+    assert body == points.astype("<f4").tobytes()
+    ply.write_ply(tmp_path / "b.ply", points.astype(np.float64)[:, ::-1])
+    np.testing.assert_array_equal(read_ply(tmp_path / "b.ply"), points[:, ::-1])
+    with pytest.raises(ValueError, match=r"c\.ply: points have shape \[20, 2\], accepted is \[n, 3\]"):
+        ply.write_ply(tmp_path / "c.ply", points[:, :2])
+    assert not (tmp_path / "c.ply").exists()
 
 
 def test_bad_ply(tmp_path):

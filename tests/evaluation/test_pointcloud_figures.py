@@ -1,8 +1,11 @@
 """Pictures of point clouds."""
 
+from xml.etree import ElementTree
+
 import torch
 from PIL import Image
 
+from sivae_fast.evaluation.mitsuba import write_scene
 from sivae_fast.evaluation.pointcloud_figures import animate, draw_clouds, render
 
 
@@ -31,3 +34,21 @@ def test_files(tmp_path):
     assert Image.open(tmp_path / "rows.png").width > 3 * 48
     animate(tmp_path / "moving.gif", clouds, size=48)
     assert Image.open(tmp_path / "moving.gif").n_frames >= 5
+
+
+def test_a_scene_for_mitsuba(tmp_path):
+    cloud = 3 * torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) + 7
+    write_scene(tmp_path / "cloud.xml", cloud)
+    scene = ElementTree.parse(tmp_path / "cloud.xml").getroot()
+    shapes = [shape.get("type") for shape in scene.findall("shape")]
+    assert scene.get("version") == "3.0.0" and shapes == ["rectangle", "rectangle", *["sphere"] * 50]
+    spheres = scene.findall("shape[@type='sphere']")
+    centres = torch.tensor([[float(s.find("point").get(axis)) for axis in "xyz"] for s in spheres])
+    scale = (cloud.amax(0) - cloud.amin(0)).amax()
+    middle = (cloud.amax(0) + cloud.amin(0)) / 2
+    torch.testing.assert_close(centres, (cloud - middle) / scale, atol=1e-5, rtol=0)
+    radius = float(spheres[0].find("float").get("value"))
+    floor = float(scene.find("shape[@type='rectangle']/transform/translate").get("z"))
+    assert abs(floor - (centres[:, 2].min().item() - radius)) < 1e-4
+    colours = {s.find("bsdf/rgb").get("value") for s in spheres}
+    assert len(colours) == 50

@@ -1,0 +1,157 @@
+"""sample, reconstruct, interpolate: pictures and files of a trained point cloud model."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sivae_fast.commands.pictures import SPACES, between, positive, writable
+from sivae_fast.data.ply import write_ply
+from sivae_fast.evaluation.mitsuba import write_scene
+from sivae_fast.evaluation.pointcloud_figures import animate, draw_clouds
+from sivae_fast.files import write_bytes
+from sivae_fast.inference_clouds import CloudInference
+from sivae_fast.kernels.chamfer import chamfer
+
+#: What holds one cloud, and what holds many; a name without an ending is a folder of .ply files.
+SINGLE, MANY = (".ply", ".xml"), (".png", ".npy")
+
+
+def sample(
+    run: CloudInference,
+    out: str | os.PathLike,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    truncation: float = 1.0,
+    columns: int | None = None,
+) -> Path:
+    """Samples of the prior, as the name `out` says: .png is a grid of pictures, .npy an array
+    [count, points, 3], .ply one cloud, .xml one cloud as a scene of Mitsuba 3, a folder holds `count` .ply
+    files.
+
+    count: None is 1 for what holds one cloud, else 64. truncation is for style models.
+    """
+    out = _file(out)
+    run.style_options("truncation", truncation, 1.0)
+    count = (1 if out.suffix in SINGLE else 64) if count is None else count
+    positive(count=count, columns=1 if columns is None else columns)
+    clouds = run.sample(count, seed)
+    if out.suffix == ".png":
+        draw_clouds(out, clouds.split(columns or math.ceil(math.sqrt(count))))
+    else:
+        _write(out, clouds)
+    return out
+
+
+def reconstruct(
+    run: CloudInference,
+    out: str | os.PathLike,
+    files: Sequence[str | os.PathLike] = (),
+    *,
+    count: int | None = None,
+    columns: int = 8,
+    resize: bool = False,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Reconstructions, from the posterior mean, of clouds in files; without files, of `count` test clouds
+    drawn from `seed`.
+
+    A .png shows the clouds above their reconstructions; other names as of `sample`, without the clouds.
+    Returns the mean Chamfer distance, with means over the points as in the measures.
+    """
+    out = _file(out)
+    count = (1 if out.suffix in SINGLE else 16) if count is None else count
+    positive(count=count, columns=columns)
+    clouds = run.read(files, resize) if files else run.own_clouds(count, seed)
+    rec = run.reconstruct(clouds)
+    if out.suffix == ".png":
+        pairs = zip(clouds.split(columns), rec.split(columns), strict=True)
+        draw_clouds(out, [row for pair in pairs for row in pair])
+    else:
+        _write(out, rec)
+    return {"chamfer": chamfer(clouds, rec, "mean").mean().item()}
+
+
+def interpolate(
+    run: CloudInference,
+    out: str | os.PathLike,
+    files: Sequence[str | os.PathLike] = (),
+    *,
+    steps: int = 7,
+    space: str = "z",
+    seed: int = 0,
+    resize: bool = False,
+    milliseconds: int = 60,
+) -> Path:
+    """Clouds between clouds, on straight lines between their posterior means.
+
+    .png: two clouds give a row of `steps` clouds from one to the other, four the grid between them.
+    .gif, .mp4: through two or more clouds and back, `steps` from one to the next, both of them counted, while
+    the camera goes round. .npy: the same without the way back, an array [frames, points, 3].
+    Without files, samples take their place (four in a grid, five otherwise).
+    """
+    if steps < 2:
+        raise ValueError(f"steps is {steps}, must be at least 2")
+    if space not in SPACES:
+        raise ValueError(f"space is {space!r}, must be one of {', '.join(SPACES)}")
+    run.style_options("space", space, "z")
+    positive(milliseconds=milliseconds)
+    out = writable(out)
+    if out.suffix not in (".png", ".gif", ".mp4", ".npy"):
+        raise ValueError(f"{out}: a name ending in .png, .gif, .mp4 or .npy is needed")
+    grid = out.suffix == ".png"
+    ends = run.encode(run.read(files, resize)) if files else run.prior(4 if grid else 5, seed)
+    if grid and len(ends) not in (2, 4):
+        raise ValueError(f"a grid lies between 2 or 4 clouds, got {len(ends)}")
+    if len(ends) < 2:
+        raise ValueError(f"{out} goes from one cloud to another: give 2 or more, got 1")
+    clouds = run.decode(between(ends, steps) if grid else along(ends, steps))
+    if grid:
+        draw_clouds(out, clouds.split(steps))
+    elif out.suffix == ".npy":
+        _write(out, clouds)
+    else:
+        animate(out, clouds, milliseconds=milliseconds)
+    return out
+
+
+def along(ends: Tensor, steps: int) -> Tensor:
+    """[(n - 1)(steps - 1) + 1, ...] on the lines from each of n ends to the next, `steps` from end to end."""
+    last = len(ends) - 1
+    place = torch.linspace(0, last, last * (steps - 1) + 1)
+    before = place.long().clamp(max=last - 1)
+    share = (place - before).view(-1, *[1] * (ends.ndim - 1))
+    return torch.lerp(ends[before], ends[before + 1], share)
+
+
+def _file(out: str | os.PathLike) -> Path:
+    path = writable(out)
+    if path.suffix and path.suffix not in (*SINGLE, *MANY):
+        raise ValueError(f"{path}: a name ending in {', '.join((*MANY, *SINGLE))} or a folder is needed")
+    return path
+
+
+def _write(out: Path, clouds: Tensor) -> None:
+    if out.suffix in SINGLE and len(clouds) != 1:
+        raise ValueError(f"{out} holds one cloud, got {len(clouds)}: give a folder or a .npy name for more")
+    points = clouds.numpy()
+    if out.suffix == ".npy":
+        file = io.BytesIO()
+        np.save(file, points)
+        write_bytes(out, file.getvalue())
+    elif out.suffix == ".ply":
+        write_ply(out, points[0])
+    elif out.suffix == ".xml":
+        write_scene(out, clouds[0])
+    else:
+        out.mkdir(exist_ok=True)
+        for number, cloud in enumerate(points):
+            write_ply(out / f"{number:06d}.ply", cloud)
