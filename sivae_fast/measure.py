@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sivae_fast.data.archive import ImageSet
@@ -16,6 +15,7 @@ from sivae_fast.data.loader import PillowDecoder, default_workers
 from sivae_fast.data.parallel import progress_bar
 from sivae_fast.evaluation import fid, likelihood, reconstruction
 from sivae_fast.evaluation.features import Features
+from sivae_fast.evaluation.sharing import gather, rank, share, summed
 from sivae_fast.files import write_text
 from sivae_fast.inference import Inference
 from sivae_fast.run import append_metric
@@ -70,7 +70,7 @@ def evaluate(
     if LIKELIHOOD in metrics:
         value = mean_log_likelihood(run, reals, seed, **estimate)
         records[LIKELIHOOD] = {"value": value, **facts, **estimate}
-    if folder is not None and _rank() == 0:
+    if folder is not None and rank() == 0:
         for name, record in records.items():
             append_metric(folder, name, record)
     return records
@@ -110,9 +110,9 @@ def detect_others(
     for name, images in reals.items():
         with run.casting():
             found = likelihood.score_batches(
-                run.model, images.inputs(), seed + _rank(), value_range=run.value_range, **options
+                run.model, images.inputs(), seed + rank(), value_range=run.value_range, **options
             )
-        table = fid.gather(torch.stack(list(found.values()), 1).to(run.device)).cpu()
+        table = gather(torch.stack(list(found.values()), 1).to(run.device)).cpu()
         scored[name] = dict(zip(found, table.unbind(1), strict=True))
     first, *names = sets
     result = {
@@ -125,7 +125,7 @@ def detect_others(
             name: {d.score: d.auroc for d in likelihood.detect(scored[first], scored[name])} for name in names
         },
     }
-    if _rank() == 0:
+    if rank() == 0:
         _write(Path(out), result, scored)
     return result
 
@@ -188,7 +188,7 @@ def generated(run: Inference, count: int, seed: int) -> Iterator[Tensor]:
     number of ranks."""
     start, stop = share(count)
     latents = run.prior(count, seed)[start:stop]
-    for images in run.decoded(latents, seed + 1_000_003 * _rank()):
+    for images in run.decoded(latents, seed + 1_000_003 * rank()):
         yield images.to(run.device)
 
 
@@ -205,15 +205,14 @@ def reconstruction_errors(
         x, y = images.float() / 255, rec.float() / 255
         sums = [functions[name](x, y).double().sum() for name in metrics]
         total += torch.stack([*sums, total.new_tensor(len(images))])
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total)
-    return {name: (value / total[-1]).item() for name, value in zip(metrics, total, strict=False)}
+    *sums, number = summed(total)
+    return {name: (value / number).item() for name, value in zip(metrics, sums, strict=True)}
 
 
 def mean_log_likelihood(run: Inference, reals: RealImages, seed: int = 0, **estimate: object) -> float:
     """Mean of log p(x) in nats over all images of all ranks; the draws differ with the number of ranks."""
     _check_draws(run)
-    generator = torch.Generator().manual_seed(seed + _rank())
+    generator = torch.Generator().manual_seed(seed + rank())
     total = torch.zeros(2, dtype=torch.float64, device=run.device)
     for x in reals.inputs():
         with run.casting():
@@ -221,9 +220,8 @@ def mean_log_likelihood(run: Inference, reals: RealImages, seed: int = 0, **esti
                 run.model, x, value_range=run.value_range, generator=generator, **estimate
             )
         total += torch.stack([found.sum(), total.new_tensor(len(found))])
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    found, number = summed(total)
+    return (found / number).item()
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
@@ -236,13 +234,3 @@ def check_metrics(metrics: Sequence[str]) -> None:
 def _check_draws(run: Inference) -> None:
     if run.batch_norm == "batch":
         raise ValueError("batch_norm is 'batch': the draws of an estimate would then influence each other")
-
-
-def share(count: int) -> tuple[int, int]:
-    """First and last + 1 of `count` items that this rank works on."""
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return count * _rank() // world, count * (_rank() + 1) // world
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sivae_fast.data.parallel import progress_bar
 from sivae_fast.evaluation import pointcloud
+from sivae_fast.evaluation.sharing import gather, rank, share, summed
 from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.run import append_metric
 
@@ -26,6 +27,7 @@ def evaluate_clouds(
     *,
     count: int = 50_000,
     seed: int = 0,
+    clouds: Tensor | None = None,
     folder: str | os.PathLike | None = None,
 ) -> dict[str, dict]:
     """Measures samples of the model against the test clouds of its data (or of `run.data_path`).
@@ -33,7 +35,9 @@ def evaluate_clouds(
     metrics: some of `METRICS`; None takes those without the earth mover's distance, which needs POT and is
     exact, and slow. At most `count` test clouds, spread evenly, are used. The value is the mean over `DRAWS`
     sets of samples, each `FACTOR` times as large as that of the clouds; the record also has their range.
+    clouds: the test clouds [n, points, 3], where they have been read before.
     folder: a run folder, to whose metric files the records are added.
+    Called in every process of a process group, each does its share and all get the result.
     Raises ValueError for other metrics and for a set that is not there, ImportError where POT is missing.
     """
     metrics = METRICS[:3] if metrics is None else list(dict.fromkeys(metrics))
@@ -42,44 +46,50 @@ def evaluate_clouds(
         raise ValueError(f"metrics are {', '.join(metrics)}, must be some of {', '.join(METRICS)}")
     if count < 1:
         raise ValueError(f"count is {count}, must be at least 1")
-    if any(name.endswith("emd") for name in metrics):
-        pointcloud.load_pot()  # says what is missing before the others are measured
-    clouds = run.clouds("test")
+    check_packages(metrics)  # before the others are measured
+    clouds = run.clouds("test") if clouds is None else clouds
     if len(clouds) > count:
         clouds = clouds[torch.linspace(0, len(clouds) - 1, count).long()]
-    seeds = [DRAWS * seed + draw for draw in range(DRAWS)]
-    sets = [_compare(run, run.sample(FACTOR * len(clouds), each), clouds, metrics) for each in seeds]
+    sets = [_compare(run, DRAWS * seed + draw, clouds, metrics) for draw in range(DRAWS)]
     about = {"test_clouds": len(clouds), "samples": FACTOR * len(clouds), "draws": DRAWS, "seed": seed}
     records = {}
     for name in metrics:
         values = [found[name] for found in sets]
         spread = {"value": statistics.mean(values), "range_over_draws": max(values) - min(values)}
         records[name] = {**spread, **run.described, **about}
-        if folder is not None:
+        if folder is not None and rank() == 0:
             append_metric(folder, name, records[name])
     return records
 
 
-def _compare(
-    run: CloudInference, samples: Tensor, clouds: Tensor, metrics: Sequence[str]
-) -> dict[str, float]:
-    found = {}
-    if "jsd" in metrics:
-        found["jsd"] = pointcloud.jsd(pointcloud.occupancy(clouds), pointcloud.occupancy(samples))
-    for name, distance in DISTANCES.items():
-        if {f"mmd_{name}", f"coverage_{name}"} & set(metrics):
-            table = _distances(run, distance, samples, clouds, name)
-            found[f"mmd_{name}"], found[f"coverage_{name}"] = pointcloud.mmd_and_coverage(table)
-    return found
+def check_packages(metrics: Sequence[str]) -> None:
+    """Raises ImportError, saying how to get it, where one of the metrics needs POT and it is missing."""
+    if any(name.endswith("emd") for name in metrics):
+        pointcloud.load_pot()
 
 
 @torch.no_grad()
-def _distances(
-    run: CloudInference, distance: Callable, samples: Tensor, clouds: Tensor, title: str
-) -> Tensor:
-    rows, clouds = [], clouds.to(run.device)
-    with progress_bar(len(samples), title, run.show) as bar:
-        for part in samples.split(run.batch):
-            rows.append(distance(part.to(run.device), clouds).cpu())
-            bar.update(len(part))
-    return torch.cat(rows)
+def _compare(run: CloudInference, seed: int, clouds: Tensor, metrics: Sequence[str]) -> dict[str, float]:
+    """The metrics of one set of samples, of which every rank makes its share."""
+    latents, reference = run.prior(FACTOR * len(clouds), seed), clouds.to(run.device)
+    asked = {name.split("_")[-1] for name in metrics}
+    distances = {name: distance for name, distance in DISTANCES.items() if name in asked}
+    counts = torch.zeros(pointcloud.CELLS, dtype=torch.int64)
+    rows = {name: [torch.empty(0, len(clouds), dtype=torch.float64)] for name in distances}
+    start, stop = share(len(latents))
+    with progress_bar(stop - start, "samples", run.show) as bar:
+        for first in range(start, stop, run.batch):
+            samples = run.decode(latents[first : min(first + run.batch, stop)])
+            if "jsd" in metrics:
+                counts += pointcloud.occupancy(samples)
+            for name, distance in distances.items():
+                rows[name].append(distance(samples.to(run.device), reference).double().cpu())
+            bar.update(len(samples))
+    found = {}
+    if "jsd" in metrics:
+        counts = summed(counts.to(run.device)).cpu()
+        found["jsd"] = pointcloud.jsd(pointcloud.occupancy(clouds), counts)
+    for name, parts in rows.items():
+        table = gather(torch.cat(parts).to(run.device)).cpu()
+        found[f"mmd_{name}"], found[f"coverage_{name}"] = pointcloud.mmd_and_coverage(table)
+    return found

@@ -13,6 +13,7 @@ from torch import Tensor
 from sivae_fast.data.factors import Factors
 from sivae_fast.evaluation import translation
 from sivae_fast.evaluation.reconstruction import load_lpips
+from sivae_fast.evaluation.sharing import gather, rank, share, summed
 from sivae_fast.inference import Inference
 from sivae_fast.run import append_metric
 
@@ -33,6 +34,7 @@ def evaluate_translation(
     *,
     count: int = 50_000,
     seed: int = 0,
+    factors: Factors | None = None,
     weights: str | os.PathLike | None = None,
     folder: str | os.PathLike | None = None,
 ) -> dict[str, dict]:
@@ -43,21 +45,20 @@ def evaluate_translation(
     of the baselines beside them; mse to lpips are of reconstructions; class_from_content_code and its kin are
     accuracies of linear classifiers, with that of the most frequent answer beside them. At most `count` test
     images, and as many training images for the classifiers, are used, drawn from `seed` as the pairs are.
-    folder: a run folder, to whose metric files the records are added.
+    factors: the set, where it has been read before. folder: a run folder, to whose metric files the records
+    are added.
+    Called in every process of a process group, each does its share and all get the result.
 
     What the set cannot tell (swaps and content without labels of content, class where the test images are of
     other classes than the training images) is left out, and a line of the log says why.
-    Raises ValueError for other metrics, and as `Inference.factors` and `load_lpips` do.
+    Raises ValueError for other metrics, and as `Inference.factors`, `Swaps` and `load_lpips` do.
     """
     metrics = _chosen(run, metrics, weights)
     if count < 1:
         raise ValueError(f"count is {count}, must be at least 1")
-    names = {name.removeprefix("swap_") for name in metrics} & set(ERRORS)
-    functions = error_functions([name for name in ERRORS if name in names], weights, run.device)
-    swaps = Swaps(run, run.factors(), count, seed)
-    if not len(swaps.test):
-        raise ValueError("the set has no test images: docs/translation.md says which those are")
-    metrics = _known(metrics, swaps)
+    functions = error_functions(errors_of(metrics), weights, run.device)
+    swaps = Swaps(run, run.factors() if factors is None else factors, count, seed)
+    metrics = swaps.known(metrics)
     facts = {**run.described, "test_images": len(swaps.test), "seed": seed}
     records: dict[str, dict] = {}
     if asked := [name for name in metrics if name in SWAPS]:
@@ -70,14 +71,19 @@ def evaluate_translation(
     if asked := [name for name in metrics if name in ERRORS]:
         values = swaps.reconstruction_errors({name: functions[name] for name in asked})
         records |= {name: {"value": values[name], **facts} for name in asked}
-    for name in (name for name in metrics if name in PROBES):
-        factor, _, code = name.removesuffix("_code").split("_")
-        about = {"chance": swaps.chance(factor), **facts, "training_images": len(swaps.training)}
-        records[name] = {"value": swaps.probe(factor, code), **about}
-    if folder is not None:
+    for name, value in swaps.probes([name for name in metrics if name in PROBES]).items():
+        about = {"chance": swaps.chance(_parts(name)[0]), **facts, "training_images": len(swaps.training)}
+        records[name] = {"value": value, **about}
+    if folder is not None and rank() == 0:
         for name, record in records.items():
             append_metric(folder, name, record)
     return {name: records[name] for name in metrics}
+
+
+def errors_of(metrics: Iterable[str]) -> list[str]:
+    """Those of `ERRORS` that the metrics are made of."""
+    names = {name.removeprefix("swap_") for name in metrics}
+    return [name for name in ERRORS if name in names]
 
 
 def error_functions(names: Iterable[str], weights=None, device="cpu") -> dict[str, translation.ImageError]:
@@ -91,18 +97,27 @@ class Swaps:
 
     count: at most so many test images, and as many training images; None takes all.
     Numbers of images are int64 [n] into the set; codes z are the posterior means, on the CPU.
+    What uses the model is collective: each rank of a process group does its share, and all get the result.
+    Raises ValueError for a set without test images.
     """
 
     def __init__(self, run: Inference, factors: Factors, count: int | None = None, seed: int = 0):
         self.run, self.factors, self.seed = run, factors, seed
         self.test, self.training = (_some(which, count, seed) for which in (factors.test, ~factors.test))
         self.numbers = torch.cat([self.test, self.training]).sort().values
+        if not len(self.test):
+            raise ValueError("the set has no test images: docs/translation.md says which those are")
 
     @functools.cached_property
     def z(self) -> Tensor:
         """Codes [k, Z] of the images `numbers` [k]."""
         encode = lambda rows, _: self.run.model.encode(self.images(rows)).mean
-        return self.run.map(encode, self.numbers, "encode")
+        # Whole batches: the codes, and so the classifiers, are the same to the bit on any number of ranks.
+        start, stop = share(len(self.numbers), self.run.batch)
+        own = torch.empty(0, self.run.model.latent_size)
+        if start < stop:
+            own = self.run.map(encode, self.numbers[start:stop], "encode")
+        return gather(own.to(self.run.device)).cpu()
 
     @functools.cached_property
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,6 +171,16 @@ class Swaps:
         values = self.run.model.split(self.z)[CODES.index(code)]
         return translation.probe_accuracy(values, *self._labels(factor))
 
+    def probes(self, names: Sequence[str]) -> dict[str, float]:
+        """What `probe` gives for each of some `PROBES`."""
+        if not names:
+            return {}
+        _ = self.z  # collective, and a rank may have no probe to train
+        values = torch.zeros(len(names), dtype=torch.float64, device=self.run.device)
+        for i in range(*share(len(names))):
+            values[i] = self.probe(*_parts(names[i]))
+        return dict(zip(names, summed(values).tolist(), strict=True))
+
     def chance(self, factor: str) -> float:
         """Accuracy of the most frequent answer."""
         return translation.chance(*self._labels(factor))
@@ -164,6 +189,21 @@ class Swaps:
         """Whether a classifier of that factor can be trained on the training and tried on the test images."""
         labels, test = self._labels(factor)
         return bool((labels >= 0).all()) and bool(torch.isin(labels[test], labels[~test]).any())
+
+    def known(self, metrics: Sequence[str]) -> list[str]:
+        """The metrics that the set can tell; a line of the log says which it cannot."""
+        missing = {}
+        for name in metrics:
+            if name in SWAPS and not len(self.givers):
+                missing[name] = (
+                    "no image is known to hold the class of one test image and the content of another"
+                )
+            elif name in PROBES and not self.tells(factor := _parts(name)[0]):
+                missing[name] = f"the training images do not tell the {factor} of the test images"
+        if missing:
+            why = "; ".join(dict.fromkeys(missing.values()))
+            logger.warning("left out: %s (%s)", ", ".join(missing), why)
+        return [name for name in metrics if name not in missing]
 
     def _labels(self, factor: str) -> tuple[Tensor, Tensor]:
         labels = self.factors.classes if factor == "class" else self.factors.contents
@@ -180,13 +220,14 @@ class Swaps:
     def _errors(
         self, functions: Functions, answer: Callable[[slice], Tensor], truth: Tensor
     ) -> dict[str, float]:
-        parts = [slice(i, i + self.run.batch) for i in range(0, len(truth), self.run.batch)]
-        rows = []
-        for part in parts:
+        start, stop = share(len(truth), self.run.batch)
+        rows = [torch.empty(0, len(functions), device=self.run.device)]
+        for first in range(start, stop, self.run.batch):
+            part = slice(first, first + self.run.batch)
             made, right = answer(part), self.images(truth[part])
-            rows.append([function(made, right) for function in functions.values()])
-        columns = zip(*rows, strict=True)
-        return {name: torch.cat(found).mean().item() for name, found in zip(functions, columns, strict=True)}
+            rows.append(torch.stack([function(made, right) for function in functions.values()], 1))
+        means = gather(torch.cat(rows)).double().mean(0)
+        return dict(zip(functions, means.tolist(), strict=True))
 
 
 def to_float(stored: Tensor) -> Tensor:
@@ -221,15 +262,7 @@ def _chosen(run: Inference, metrics: Sequence[str] | None, weights) -> list[str]
     return list(dict.fromkeys(metrics))
 
 
-def _known(metrics: Sequence[str], swaps: Swaps) -> list[str]:
-    """The metrics that the set can tell; says which it cannot."""
-    missing = {}
-    for name in metrics:
-        if name in SWAPS and not len(swaps.givers):
-            missing[name] = "no image is known to hold the class of one test image and the content of another"
-        elif name in PROBES and not swaps.tells(factor := name.split("_")[0]):
-            missing[name] = f"the training images do not tell the {factor} of the test images"
-    if missing:
-        why = "; ".join(dict.fromkeys(missing.values()))
-        logger.warning("left out: %s (%s)", ", ".join(missing), why)
-    return [name for name in metrics if name not in missing]
+def _parts(probe: str) -> tuple[str, str]:
+    """(factor, code) of one of `PROBES`."""
+    factor, _, code = probe.removesuffix("_code").split("_")
+    return factor, code

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sivae_fast.evaluation.features import Features
+from sivae_fast.evaluation.sharing import gather
 
 METRICS = ("fid", "kid", "precision", "recall", "density", "coverage")
 
@@ -127,20 +128,6 @@ def neighbourhoods(real: Tensor, fake: Tensor, k: int | None = None, block: int 
         "density": torch.cat(hits).double().mean().item() / far,
         "coverage": covered.double().mean().item(),
     }
-
-
-def gather(features: Tensor) -> Tensor:
-    """The features of all ranks, rank by rank; they may hold different numbers of rows."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return features
-    counts = [torch.zeros(1, dtype=torch.int64, device=features.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(features)], device=features.device))
-    most = int(max(counts))
-    padded = features.new_zeros(most, features.shape[1])
-    padded[: len(features)] = features
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
 def compare(
