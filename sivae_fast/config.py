@@ -216,28 +216,34 @@ class AverageConfig(Section):
     half_life: Positive | None = Field(10_000, description="images; null: no averaged copy")
 
 
-Metric = Literal[
-    "fid",
-    "kid",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "mse",
-    "psnr",
-    "ssim",
-    "lpips",
-    "log_likelihood",
-]
+_OF_IMAGES = ("fid", "kid", "precision", "recall", "density", "coverage")
+_OF_IMAGES += ("mse", "psnr", "ssim", "lpips", "log_likelihood")
+_OF_CLOUDS = ("jsd", "mmd_chamfer", "coverage_chamfer", "mmd_emd", "coverage_emd")
+_OF_SWAPS = ("swap_mse", "swap_ssim", "swap_lpips", "mse", "ssim", "lpips")
+_OF_SWAPS += ("class_from_class_code", "content_from_class_code")
+_OF_SWAPS += ("class_from_content_code", "content_from_content_code")
+#: What can be measured while a model of that kind trains.
+METRICS = {
+    "style": _OF_IMAGES, "residual": _OF_IMAGES, "pointnet": _OF_CLOUDS, "two_encoder": _OF_SWAPS,
+}  # fmt: skip
+#: What is measured where evaluate.metrics does not say.
+USUAL_METRICS = {
+    "style": ("mse", "ssim"), "residual": ("mse", "ssim"), "pointnet": ("jsd",),
+    "two_encoder": ("swap_mse", "mse"),
+}  # fmt: skip
 
 
 class EvaluateConfig(Section):
-    """Measurements of image models while training; see docs/evaluation.md."""
+    """Measurements while training, by the kind of model; see docs/evaluation.md."""
 
     every: PositiveInt | None = Field(None, description="images, at the next tick; null: none")
-    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("mse", "ssim")
-    images: Annotated[int, Field(ge=6)] = Field(5_000, description="generated, and at most so many real ones")
-    data: str | None = Field(None, description="image set; null: the training images")
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="null: quick ones of the kind of model"
+    )
+    images: Annotated[int, Field(ge=6)] = Field(
+        5_000, description="at most so many real images or clouds; for fid and its kin, so many generated"
+    )
+    data: str | None = Field(None, description="another set; null: the data of the run")
     features: Literal["inception", "random"] = "inception"
     weights: str | None = Field(None, description="file or folder of the networks' weights")
 
@@ -297,12 +303,36 @@ class Config(Section):
                 )
         if self.train.recompute and self.train.compile:
             raise ValueError("train.recompute=true and train.compile=true exclude each other: choose one")
-        if self.evaluate.every and self.model.kind not in ("style", "residual"):
-            raise ValueError(
-                f"evaluate.every={self.evaluate.every} needs model.kind=style or residual, "
-                f"got model.kind={self.model.kind}: null leaves it out"
-            )
+        if self.evaluate.every:
+            self._check_measures()
         return self
+
+    def _check_measures(self) -> None:
+        kind, settings = self.model.kind, self.evaluate
+        if kind not in METRICS:
+            raise ValueError(
+                f"evaluate.every={settings.every} needs model.kind={', '.join(METRICS)}, "
+                f"got model.kind={kind}: null leaves it out"
+            )
+        unknown = [name for name in settings.metrics or () if name not in METRICS[kind]]
+        if unknown:
+            raise ValueError(
+                f"evaluate.metrics={', '.join(unknown)}: model.kind={kind} accepts {', '.join(METRICS[kind])}"
+            )
+        with_networks = [name for name in METRICS if "lpips" in METRICS[name]]
+        with_features = [name for name in METRICS if "fid" in METRICS[name]]
+        for option, kinds in (("features", with_features), ("weights", with_networks)):
+            value = getattr(settings, option)
+            if kind not in kinds and value != EvaluateConfig.model_fields[option].default:
+                raise ValueError(
+                    f"evaluate.{option}={value} needs model.kind={', '.join(kinds)}, got model.kind={kind}: "
+                    "leave it out"
+                )
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics of `evaluate.every`, one time each."""
+        return tuple(dict.fromkeys(self.evaluate.metrics or USUAL_METRICS[self.model.kind]))
 
     def to_dict(self) -> dict:
         return self.model_dump(mode="json")

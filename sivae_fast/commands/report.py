@@ -122,7 +122,7 @@ def _metric_table(metrics: dict[str, list[dict]]) -> str:
         if records:
             record = dict(records[-1])
             row = f"<tr><th>{escape(name)}</th><td>{_digits(record.pop('value', None))}</td></tr>"
-            about = "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in record.items())
+            about = "; ".join(f"{key.replace('_', ' ')}: {text}" for key, text in _texts(record).items())
             tables.setdefault(escape(about), []).append(row)
     return "".join(f"<table>{''.join(rows)}</table><p>{about}</p>" for about, rows in tables.items())
 
@@ -143,7 +143,17 @@ def _metric_charts(metrics: dict[str, list[dict]]) -> str:
 
 
 def _how(record: dict) -> dict:
-    return {key: value for key, value in record.items() if key not in ("images", "value", "resolution")}
+    """How a record was measured: all but what changes from one measurement to the next.
+
+    Baselines beside a value are part of it, since they tell one set from another; in text, since their last
+    digits differ between machines.
+    """
+    changes = ("images", "value", "range_over_draws", "resolution")
+    return {key: text for key, text in _texts(record).items() if key not in changes}
+
+
+def _texts(record: dict) -> dict[str, str]:
+    return {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in record.items()}
 
 
 def _other_data(folder: Path) -> str:

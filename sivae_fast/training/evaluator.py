@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from sivae_fast.config import Config, ConfigError
 from sivae_fast.contract import Model
-from sivae_fast.evaluation import fid, reconstruction
+from sivae_fast.evaluation import fid
 from sivae_fast.evaluation.features import load_features
+from sivae_fast.evaluation.reconstruction import load_lpips
 from sivae_fast.growth import Stage
 from sivae_fast.inference import Inference
+from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.measure import RealImages, evaluate
+from sivae_fast.measure_clouds import check_packages, evaluate_clouds
+from sivae_fast.measure_translation import Swaps, error_functions, errors_of, evaluate_translation
 from sivae_fast.systems import levels, make_model
 
 SMALLEST_SSIM = 11  # pixels of its window
@@ -21,29 +28,13 @@ FEWEST = 6  # images that have a fifth neighbour
 class Evaluator:
     """Measures what `config.evaluate` asks for; every rank has one and does its share.
 
-    Raises ConfigError, before any training, where weights, packages or images are missing or do not fit.
+    Raises ConfigError, before any training, where weights, packages or data are missing or do not fit.
     """
 
     def __init__(self, config: Config, device: torch.device):
-        self._config, self._features = config, None
-        settings = config.evaluate
         self._model = make_model(config).to(device).requires_grad_(False)
         self._model.set_level(levels(config) - 1, 1.0)
-        try:
-            if set(settings.metrics) & set(fid.METRICS):
-                self._features = load_features(settings.features, settings.weights, device)
-            if "lpips" in settings.metrics:
-                reconstruction.load_lpips(settings.weights, device)
-            reals = RealImages(self._inference(0, "raw"), settings.data, settings.images)
-        except (ImportError, OSError, ValueError) as error:
-            raise ConfigError(f"evaluate.metrics={', '.join(settings.metrics)}: {error}") from error
-        if len(reals) < FEWEST:
-            raise ConfigError(f"evaluate.data: {reals.set.path} has {len(reals)} images, {FEWEST} are needed")
-        if "ssim" in settings.metrics and config.model.resolution < SMALLEST_SSIM:
-            raise ConfigError(
-                f"evaluate.metrics: ssim needs images of at least {SMALLEST_SSIM} pixels a side, "
-                f"model.resolution is {config.model.resolution}"
-            )
+        self._measures = MEASURES[config.model.kind](config, self._model)
 
     @torch.no_grad()
     def measure(self, model: Model, stage: Stage, images: int, weights: str) -> dict[str, dict]:
@@ -51,11 +42,34 @@ class Evaluator:
 
         weights: "averaged" or "raw", what `model` has. A collective call.
         """
-        settings = self._config.evaluate
         _copy(model.state_dict(), self._model.state_dict())
         self._model.set_level(stage.lod, stage.blend)
-        run = self._inference(images, weights)
-        metrics = [name for name in settings.metrics if name != "ssim" or run.resolution >= SMALLEST_SSIM]
+        return self._measures.of(self._model, images, weights)
+
+
+class ImageMeasures:
+    """The measures of style and residual models."""
+
+    def __init__(self, config: Config, model: Model):
+        self._config, self._features = config, None
+        settings, run = config.evaluate, Inference(model, config, 0, show=False)
+        with _refusing(config, "metrics"):
+            if set(config.measured) & set(fid.METRICS):
+                self._features = load_features(settings.features, settings.weights, run.device)
+            if "lpips" in config.measured:
+                load_lpips(settings.weights, run.device)
+        _check_ssim(config)
+        with _refusing(config, "data"):
+            reals = RealImages(run, settings.data, settings.images)
+            if len(reals) < FEWEST:
+                raise ValueError(f"{reals.set.path} has {len(reals)} images, {FEWEST} are needed")
+
+    def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
+        settings = self._config.evaluate
+        run = Inference(model, self._config, images, weights=weights, show=False)
+        metrics = [
+            name for name in self._config.measured if name != "ssim" or run.resolution >= SMALLEST_SSIM
+        ]
         if not metrics:
             return {}
         return evaluate(
@@ -68,8 +82,77 @@ class Evaluator:
             weights=settings.weights,
         )
 
-    def _inference(self, images: int, weights: str) -> Inference:
-        return Inference(self._model, self._config, images, weights=weights, show=False)
+
+class CloudMeasures:
+    """The measures of point cloud models."""
+
+    def __init__(self, config: Config, model: Model):
+        self._config = config
+        with _refusing(config, "metrics"):
+            check_packages(config.measured)
+        with _refusing(config, "data"):
+            run = CloudInference(model, config, 0, data=config.evaluate.data, show=False)
+            self._clouds = run.clouds("test")
+
+    def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
+        count, seed = self._config.evaluate.images, self._config.train.seed
+        run = CloudInference(model, self._config, images, weights=weights, show=False)
+        return evaluate_clouds(run, self._config.measured, count=count, seed=seed, clouds=self._clouds)
+
+
+class TranslationMeasures:
+    """The measures of two_encoder models."""
+
+    def __init__(self, config: Config, model: Model):
+        self._config, settings = config, config.evaluate
+        run = Inference(model, config, 0, data=settings.data, show=False)
+        with _refusing(config, "metrics"):
+            error_functions(errors_of(config.measured), settings.weights, run.device)
+        _check_ssim(config)
+        with _refusing(config, "data"):
+            self._factors = run.factors()
+            swaps = Swaps(run, self._factors, settings.images, config.train.seed)
+            self._metrics = swaps.known(config.measured)
+            if not self._metrics:
+                raise ValueError(f"the set tells none of {', '.join(config.measured)}")
+
+    def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
+        settings = self._config.evaluate
+        return evaluate_translation(
+            Inference(model, self._config, images, weights=weights, show=False),
+            self._metrics,
+            factors=self._factors,
+            count=settings.images,
+            seed=self._config.train.seed,
+            weights=settings.weights,
+        )
+
+
+MEASURES = {
+    "style": ImageMeasures,
+    "residual": ImageMeasures,
+    "pointnet": CloudMeasures,
+    "two_encoder": TranslationMeasures,
+}
+
+
+def _check_ssim(config: Config) -> None:
+    side, names = config.model.resolution, [name for name in config.measured if name.endswith("ssim")]
+    if names and side < SMALLEST_SSIM:
+        raise ConfigError(
+            f"evaluate.metrics={', '.join(names)}: ssim needs images of at least {SMALLEST_SSIM} pixels a "
+            f"side, model.resolution is {side}"
+        )
+
+
+@contextlib.contextmanager
+def _refusing(config: Config, option: str) -> Iterator[None]:
+    """Makes an error a ConfigError that names the option of `evaluate` and its value."""
+    values = {"metrics": ", ".join(config.measured), "data": config.evaluate.data or "null"}
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(f"evaluate.{option}={values[option]}: {error}") from error
 
 
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:

@@ -2,20 +2,19 @@
 
 import json
 import random
-from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sivae_fast import config as configuration_module
+from sivae_fast import config, measure, measure_clouds, measure_translation
 from sivae_fast.checkpoint import load_newest
 from sivae_fast.commands.report import report
 from sivae_fast.config import ConfigError, make_config
 from sivae_fast.evaluation.features import load_features
 from sivae_fast.inference import Inference
-from sivae_fast.measure import METRICS, evaluate
+from sivae_fast.measure import evaluate
 from sivae_fast.run import read_metrics, read_stats
 from sivae_fast.training.loop import train
 
@@ -147,8 +146,12 @@ def test_two_ranks_share_the_work(launch):
         ({"features": "inception"}, "Inception weights are needed: download"),
         ({"features": "inception", "weights": "/nowhere.pth"}, "/nowhere.pth does not exist: download"),
         ({"metrics": ["lpips"], "weights": "/nowhere"}, "LPIPS needs AlexNet, download"),
-        ({"data": "/nowhere"}, "there is no image set at /nowhere"),
-        ({"metrics": ["inception_score"]}, "evaluate.metrics"),
+        ({"data": "/nowhere"}, r"evaluate\.data=/nowhere: there is no image set at /nowhere"),
+        (
+            {"metrics": ["inception_score"]},
+            r"evaluate\.metrics=inception_score: model\.kind=residual accepts fid, ",
+        ),
+        ({"metrics": ["jsd", "mse"]}, r"evaluate\.metrics=jsd: model\.kind=residual accepts fid, "),
         ({"metrics": []}, "evaluate.metrics"),
         ({"images": 3}, "evaluate.images=3"),
     ],
@@ -167,7 +170,9 @@ def test_what_does_not_fit_the_model_is_named(tmp_path, pictures):
     with pytest.raises(ConfigError, match="ssim needs images of at least 11 pixels"):
         train(settings(tmp_path, pictures, model=small, evaluate={**MEASURED, "metrics": ["ssim"]},
                        data={"path": str(eight(tmp_path / "eight")), "loader": "torch"}))  # fmt: skip
-    with pytest.raises(ConfigError, match=r"evaluate\.every=9 needs model\.kind=style or residual"):
+    with pytest.raises(
+        ConfigError, match=r"every=9 needs model\.kind=style, residual, pointnet, two_encoder, got"
+    ):
         make_config({"model": {"kind": "mlp"}, "data": {"kind": "density"}, "evaluate": {"every": 9}})
 
 
@@ -179,10 +184,15 @@ def eight(folder):
 
 
 def test_the_configuration_knows_every_metric():
-    assert set(get_args(configuration_module.Metric)) == set(METRICS)
+    for kind, module in {
+        "style": measure, "residual": measure, "pointnet": measure_clouds, "two_encoder": measure_translation,
+    }.items():  # fmt: skip
+        assert config.METRICS[kind] == module.METRICS
+        assert set(config.USUAL_METRICS[kind]) <= set(module.METRICS)
 
 
 def test_no_path_of_this_machine_leaves_it(tmp_path, pictures):
-    config = settings(tmp_path, pictures, evaluate={"data": "/home/me/faces", "weights": "/home/me/w.pth"})
-    assert "/home/me" not in json.dumps(config.portable().to_dict())
-    assert config.identity() == settings(tmp_path, pictures).identity()
+    paths = {"data": "/home/me/faces", "weights": "/home/me/w.pth"}
+    measured = settings(tmp_path, pictures, evaluate=paths)
+    assert "/home/me" not in json.dumps(measured.portable().to_dict())
+    assert measured.identity() == settings(tmp_path, pictures).identity()
