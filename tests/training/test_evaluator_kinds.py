@@ -17,6 +17,7 @@ from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.measure_clouds import evaluate_clouds
 from sivae_fast.measure_translation import evaluate_translation
 from sivae_fast.run import read_metrics, read_stats
+from sivae_fast.training import recorder
 from sivae_fast.training.loop import train
 
 from .conftest import ROOT, environment
@@ -26,6 +27,12 @@ CLOUDS = ["jsd", "mmd_chamfer", "coverage_chamfer"]
 SWAPS = ["swap_mse", "mse", "ssim", "content_from_content_code"]
 MEASURED = {"clouds": CLOUDS, "translation": SWAPS}
 KINDS = list(MEASURED)
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """Those of clouds take longer than all the rest."""
+    monkeypatch.setattr(recorder, "save_picture", lambda *about: None)
 
 
 @pytest.fixture(scope="module")
