@@ -311,8 +311,8 @@ class Config(Section):
         kind, settings = self.model.kind, self.evaluate
         if kind not in METRICS:
             raise ValueError(
-                f"evaluate.every={settings.every} needs model.kind={', '.join(METRICS)}, "
-                f"got model.kind={kind}: null leaves it out"
+                f"evaluate.every={settings.every} needs model.kind to be one of {', '.join(METRICS)}, "
+                f"got {kind}: null leaves it out"
             )
         unknown = [name for name in settings.metrics or () if name not in METRICS[kind]]
         if unknown:
@@ -325,8 +325,8 @@ class Config(Section):
             value = getattr(settings, option)
             if kind not in kinds and value != EvaluateConfig.model_fields[option].default:
                 raise ValueError(
-                    f"evaluate.{option}={value} needs model.kind={', '.join(kinds)}, got model.kind={kind}: "
-                    "leave it out"
+                    f"evaluate.{option}={value} needs model.kind to be one of {', '.join(kinds)}, "
+                    f"got {kind}: leave it out"
                 )
 
     @property

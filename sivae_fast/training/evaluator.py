@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class Evaluator:
     """
 
     def __init__(self, config: Config, device: torch.device):
+        data = config.evaluate.data
+        if data and not Path(data).exists():
+            raise ConfigError(
+                f"evaluate.data={data} does not exist: a set such as data.path, or null for that"
+            )
         self._model = make_model(config).to(device).requires_grad_(False)
         self._model.set_level(levels(config) - 1, 1.0)
         self._measures = MEASURES[config.model.kind](config, self._model)
