@@ -71,6 +71,7 @@ class ImageMeasures:
                 raise ValueError(f"{reals.set.path} has {len(reals)} images, {FEWEST} are needed")
 
     def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
+        """A record a metric of `model` after so many images. A collective call."""
         settings = self._config.evaluate
         run = Inference(model, self._config, images, weights=weights, show=False)
         metrics = [
@@ -101,6 +102,7 @@ class CloudMeasures:
             self._clouds = run.clouds("test")
 
     def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
+        """A record a metric of `model` after so many images. A collective call."""
         count, seed = self._config.evaluate.images, self._config.train.seed
         run = CloudInference(model, self._config, images, weights=weights, show=False)
         return evaluate_clouds(run, self._config.measured, count=count, seed=seed, clouds=self._clouds)
@@ -123,6 +125,7 @@ class TranslationMeasures:
                 raise ValueError(f"the set tells none of {', '.join(config.measured)}")
 
     def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
+        """A record a metric of `model` after so many images. A collective call."""
         settings = self._config.evaluate
         return evaluate_translation(
             Inference(model, self._config, images, weights=weights, show=False),
