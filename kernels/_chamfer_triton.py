@@ -13,6 +13,13 @@ ROWS, COLUMNS, WARPS = 64, 32, 4  # about 128 registers for the search on Hopper
 
 
 @triton.jit
+def _place(tiles):
+    """(tile, batch) of a program. The grid has one axis, since the others end at 65,535."""
+    program = tl.program_id(0)
+    return program % tiles, (program // tiles).to(tl.int64)
+
+
+@triton.jit
 def _load(cloud, at, inside, along, across):
     """Coordinates of the points `at` in fp32; a point that is not `inside` lies at infinity."""
     x = tl.load(cloud + at * along, inside, float("inf")).to(tl.float32)
@@ -31,15 +38,15 @@ def nearest_kernel(
     n,
     m,
     tiles_x,
+    tiles,
     x_batch, x_point, x_axis,
     y_batch, y_point, y_axis,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: the nearest neighbours of ROWS points. Programs below `tiles_x` search y, the others x."""
-    tile = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    slot = partial + batch * tl.num_programs(0) + tile
+    """One program: the nearest neighbours of ROWS points. Tiles below `tiles_x` search y, the others x."""
+    tile, batch = _place(tiles)
+    slot = partial + batch * tiles + tile
     if tile < tiles_x:
         _search(
             x + batch * x_batch, x_point, x_axis, n, y + batch * y_batch, y_point, y_axis, m,
@@ -91,6 +98,7 @@ def pull_kernel(
     gradient,  # [B, N, 3] contiguous, written
     n,
     m,
+    tiles,
     toward_batch, back_batch,
     x_batch, x_point, x_axis,
     y_batch, y_point, y_axis,
@@ -101,8 +109,8 @@ def pull_kernel(
 
     The points of y that chose a row are found by comparing indices: no float atomics, one order of sums.
     """
-    batch = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile, batch = _place(tiles)
+    rows = tile * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     x += batch * x_batch
     y += batch * y_batch
@@ -131,13 +139,14 @@ def pull_kernel(
 def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The operator `sivae_fast::chamfer`: (sums [B, 2] fp32, index_x [B, N] int32, index_y [B, M] int32)."""
     (batch, n, _), m = x.shape, y.shape[1]
-    tiles_x, tiles_y = triton.cdiv(n, ROWS), triton.cdiv(m, ROWS)
+    tiles_x = triton.cdiv(n, ROWS)
+    tiles = tiles_x + triton.cdiv(m, ROWS)
     index_x, index_y = (torch.empty(batch, c, dtype=torch.int32, device=x.device) for c in (n, m))
-    partial = torch.empty(batch, tiles_x + tiles_y, dtype=torch.float32, device=x.device)
+    partial = torch.empty(batch, tiles, dtype=torch.float32, device=x.device)
     if batch:
         with on_device(x):
-            nearest_kernel[tiles_x + tiles_y, batch](
-                x, y, index_x, index_y, partial, n, m, tiles_x, *x.stride(), *y.stride(),
+            nearest_kernel[(tiles * batch,)](
+                x, y, index_x, index_y, partial, n, m, tiles_x, tiles, *x.stride(), *y.stride(),
                 ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
             )  # fmt: skip
     return torch.stack([partial[:, :tiles_x].sum(1), partial[:, tiles_x:].sum(1)], 1), index_x, index_y
@@ -149,8 +158,9 @@ def pull(toward: Tensor, back: Tensor, x: Tensor, y: Tensor, index_x: Tensor, in
     gradient = torch.empty(batch, n, 3, dtype=x.dtype, device=x.device)
     if batch:
         with on_device(x):
-            pull_kernel[triton.cdiv(n, ROWS), batch](
-                toward, back, x, y, index_x, index_y, gradient, n, m,
+            tiles = triton.cdiv(n, ROWS)
+            pull_kernel[(tiles * batch,)](
+                toward, back, x, y, index_x, index_y, gradient, n, m, tiles,
                 toward.stride(0), back.stride(0), *x.stride(), *y.stride(),
                 ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
             )  # fmt: skip

@@ -175,7 +175,7 @@ def normalize_kernel(
     tl.store(variance + row, v, first)
     tl.store(mean + row, m, first)
     tl.store(kept + row, m, first)
-    tl.store(kept + samples.to(tl.int64) * c + row, inverse, first)
+    tl.store(kept + tl.cast(samples, tl.int64) * c + row, inverse, first)
     shift = tl.zeros([BLOCK_C], tl.float32)
     if style is not None:
         style += sample * style_sample + channels
@@ -273,7 +273,7 @@ def gradient_kernel(
     row = sample * c + channels
     origin = sample * c * n + start.to(tl.int64) * pixel + (block * BLOCK_C).to(tl.int64) * channel
     mean = tl.load(kept + row, known, 0.0)
-    inverse = tl.load(kept + samples.to(tl.int64) * c + row, known, 0.0)
+    inverse = tl.load(kept + tl.cast(samples, tl.int64) * c + row, known, 0.0)
     total = tl.zeros([BLOCK_C], tl.float32)
     product = tl.zeros([BLOCK_C], tl.float32)
     if by_y is not None:

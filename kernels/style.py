@@ -50,7 +50,7 @@ def activate_normalize(
     On a GPU first derivatives only, except for fp64.
     Raises ValueError or TypeError for arguments that do not fit together.
     """
-    bias, weight = (None if t is None else t.reshape(-1) for t in (bias, weight))
+    bias, weight = (None if t is None else t.reshape(-1).contiguous() for t in (bias, weight))
     _check(x, bias, noise, weight, style, eps, slope)
     present = [t for t in (weight, bias, style) if t is not None]
     if not runs_triton((x, *present)):

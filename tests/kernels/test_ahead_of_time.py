@@ -217,6 +217,8 @@ CHAINS = {
     "512 at 32x32": (2, 512, 32, 32),
     "512 at 4x4": (2, 512, 4, 4),
     "96 at 37x41": (2, 96, 37, 41),
+    "one sample of 64 at 64x64": (1, 64, 64, 64),
+    "one sample of 512 at 4x4": (1, 512, 4, 4),
 }
 
 
@@ -231,6 +233,12 @@ def test_style_chains(compiled, shape, dtype, decoder):
 
 def test_style_chains_of_contiguous_maps(compiled):
     within_budget(compiled(lambda: style_launches(torch.bfloat16, (2, 64, 256, 256), last=False)), MAPS)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 1, 64, 64), (1, 1, 64, 64)])
+def test_style_chains_of_one(compiled, shape):
+    """Triton makes arguments of 1 numbers of Python, which have no `.to`."""
+    compiled(lambda: style_launches(torch.float32, shape))
 
 
 def test_style_chains_of_odd_maps(compiled):

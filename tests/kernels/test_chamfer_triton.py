@@ -124,3 +124,13 @@ def test_on_a_gpu():
     for g, again, w in zip(first, torch.autograd.grad(error.mean(), got), wanted, strict=True):
         assert torch.equal(g, again)
         torch.testing.assert_close(g.double().cpu(), w, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.gpu
+def test_more_clouds_than_a_grid_has_rows():
+    import torch
+
+    from sivae_fast.kernels.chamfer import chamfer
+
+    x, y = torch.rand(2, 70_000, 2, 3, device="cuda").unbind()
+    torch.testing.assert_close(chamfer(x, y).cpu(), chamfer(x.cpu(), y.cpu()))

@@ -167,6 +167,7 @@ def test_layouts(device, layout):
     if layout == "transposed":
         given["noise"] = given["noise"].mT
     given["style"] = torch.cat([given["style"], given["style"]], 1)[:, 2:14]
+    given |= {name: torch.stack([given[name], given[name] + 1], 1)[:, 0] for name in ("bias", "weight")}
     agrees(given)
 
 
