@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sivae_fast.config import Config, ConfigError
 from sivae_fast.contract import Model
@@ -55,9 +56,7 @@ def error_function(config: Config):
     """Per-sample error of (target, prediction) for reconstructions that the fused objective does not have."""
     kind = config.objective.reconstruction
     if kind == "chamfer":
-        from sivae_fast.kernels.chamfer import chamfer
-
-        return chamfer
+        return _chamfer
     if kind == "perceptual":
         from sivae_fast.models.perceptual import PerceptualError
 
@@ -66,6 +65,13 @@ def error_function(config: Config):
         except ValueError as error:
             raise ConfigError(f"objective.perceptual_weights={error}") from error
     return None
+
+
+def _chamfer(target: Tensor, prediction: Tensor) -> Tensor:
+    from sivae_fast.kernels.chamfer import chamfer
+
+    wide = torch.promote_types(target.dtype, prediction.dtype)  # networks under autocast give bf16
+    return chamfer(target.to(wide), prediction.to(wide))
 
 
 def make_data(config: Config, device: torch.device, *, show: bool = True):

@@ -55,6 +55,15 @@ def test_trains_and_leaves_a_model(system, request, tmp_path):
     assert model.decode(z).shape[0] == 2 and model.images == 48
 
 
+@pytest.mark.parametrize("system", ["point_clouds", "translation"])
+def test_trains_in_bf16(system, request, tmp_path):
+    settings = request.getfixturevalue(system)
+    settings["train"] = {**COMMON["train"], "precision": "bf16"}
+    folder = run(tmp_path / "runs", settings)
+    last = json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])
+    assert last["images"] == 48 and 0 < last["rec_real"] < 1e4 and last["kl_fake"] > 0
+
+
 def test_swapped_pairs_are_a_third_kind_of_fake(translation, tmp_path):
     translation["model"]["swapped_fakes"] = True
     folder = run(tmp_path / "runs", translation)
