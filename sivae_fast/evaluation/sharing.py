@@ -15,10 +15,15 @@ def rank() -> int:
     return dist.get_rank() if _several() else 0
 
 
+def ranks() -> int:
+    """How many there are."""
+    return dist.get_world_size() if _several() else 1
+
+
 def share(count: int, step: int = 1) -> tuple[int, int]:
     """First and last + 1 of `count` items that this rank works on; shares begin at multiples of `step`."""
-    world, steps = dist.get_world_size() if _several() else 1, -(-count // step)
-    start, stop = (steps * place // world * step for place in (rank(), rank() + 1))
+    steps = -(-count // step)
+    start, stop = (steps * place // ranks() * step for place in (rank(), rank() + 1))
     return min(start, count), min(stop, count)
 
 

@@ -14,6 +14,7 @@ from sivae_fast.contract import Model
 from sivae_fast.evaluation import fid
 from sivae_fast.evaluation.features import load_features
 from sivae_fast.evaluation.reconstruction import load_lpips
+from sivae_fast.evaluation.sharing import ranks
 from sivae_fast.growth import Stage
 from sivae_fast.inference import Inference
 from sivae_fast.inference_clouds import CloudInference
@@ -67,8 +68,13 @@ class ImageMeasures:
         _check_ssim(config)
         with _refusing(config, "data"):
             reals = RealImages(run, settings.data, settings.images)
-            if len(reals) < FEWEST:
-                raise ValueError(f"{reals.set.path} has {len(reals)} images, {FEWEST} are needed")
+        fewest = max(FEWEST, ranks())  # an image for each of them
+        if len(reals) < fewest:
+            option = "data" if len(reals) < settings.images else "images"
+            raise ConfigError(
+                f"evaluate.{option}={getattr(settings, option) or 'null'}: {fewest} images are needed, "
+                f"{reals.set.path} gives {len(reals)}"
+            )
 
     def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
         """A record a metric of `model` after so many images. A collective call."""

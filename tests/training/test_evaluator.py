@@ -16,6 +16,7 @@ from sivae_fast.evaluation.features import load_features
 from sivae_fast.inference import Inference
 from sivae_fast.measure import evaluate
 from sivae_fast.run import read_metrics, read_stats
+from sivae_fast.training import evaluator
 from sivae_fast.training.loop import train
 
 RESIDUAL = {"kind": "residual", "resolution": 16, "channels": 1, "widths": [4, 8], "latent_size": 4}
@@ -174,6 +175,16 @@ def test_what_does_not_fit_the_model_is_named(tmp_path, pictures):
         ConfigError, match=r"every=9 needs .* one of style, residual, pointnet, two_encoder, got mlp"
     ):
         make_config({"model": {"kind": "mlp"}, "data": {"kind": "density"}, "evaluate": {"every": 9}})
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [(20, r"images=20: 30 images are needed, .* gives 20"), (90, r"data=null: 30 images are needed, .* 24")],
+)
+def test_every_rank_needs_an_image(tmp_path, pictures, monkeypatch, images, message):
+    monkeypatch.setattr(evaluator, "ranks", lambda: 30)
+    with pytest.raises(ConfigError, match=rf"evaluate\.{message}"):
+        train(settings(tmp_path, pictures, evaluate={**MEASURED, "images": images}))
 
 
 def eight(folder):
