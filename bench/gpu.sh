@@ -3,7 +3,8 @@
 #
 #     bench/gpu.sh RESULTS
 #
-# Needs PyTorch with Triton, pytest, pytest-benchmark and hypothesis; without a GPU the same benches run on the CPU.
+# Needs PyTorch with Triton, NumPy, safetensors, pydantic, PyYAML, Pillow, pytest, pytest-benchmark and hypothesis;
+# without matplotlib there are no pictures. Without a GPU the same benches run on the CPU.
 set -uo pipefail
 out=$(mkdir -p "${1:?the folder of the results}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."

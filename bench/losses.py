@@ -26,6 +26,7 @@ from measure import (
     launches,
     machine,
     memory,
+    pyplot,
     rounds,
     second_level_cache,
     wall,
@@ -175,17 +176,18 @@ def least_bytes(i: Inputs, provider: str, direction: str) -> int:
 
 def times(runs: dict, sets: list[Inputs], direction: str, device: str) -> dict[str, dict[str, float]]:
     """Milliseconds by provider: of the GPU alone, and from Python."""
-    calls = {}
+    makers = {}
     for name, run in runs.items():
         if "single" in name and direction == "backward":
             continue  # its gradients are made in the forward pass and handed out once
-        calls[name] = [call(run, i, direction) for i in sets]
-    found = {name: {} for name in calls}
+        makers[name] = lambda run=run: [call(run, i, direction) for i in sets]
+    found = {name: {} for name in makers}
     if device == "cuda":
-        graphs = {name: Captured(each) for name, each in calls.items()}
+        graphs = {name: Captured(make) for name, make in makers.items()}
         for name, seconds in rounds({name: graph.seconds for name, graph in graphs.items()}, 5).items():
             found[name]["gpu_ms"] = 1e3 * seconds
         del graphs
+    calls = {name: make() for name, make in makers.items()}
     walls = {name: lambda each=each: wall(each, device, 0.1) for name, each in calls.items()}
     for name, seconds in rounds(walls, 3).items():
         found[name]["wall_ms"] = 1e3 * seconds
@@ -257,13 +259,9 @@ def summary(rows: list[dict]) -> list[dict]:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Time of both passes over the batch, one panel a size; nothing where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"matplotlib is missing: no {path.name}")
+    plt = pyplot(path)
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter
 
     rows = [row for row in rows if row.get("direction") == "both" and row["cache"] != "hot"] or [

@@ -67,21 +67,24 @@ def _processor_time(calls: Sequence[Call], seconds: float) -> float:
 
 
 class Captured:
-    """Calls captured in one CUDA graph, so that launching from Python is not part of what is timed."""
+    """Calls captured in one CUDA graph, so that launching from Python is not part of what is timed.
 
-    def __init__(self, calls: Sequence[Call]):
-        self.count = len(calls)
+    make: makes the calls, on the stream that they are captured on: a backward pass runs on the stream of its
+        forward pass, and any other one would end the capture.
+    """
+
+    def __init__(self, make: Callable[[], Sequence[Call]]):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            self.calls = make()
             for _ in range(2):
-                for call in calls:
+                for call in self.calls:
                     call()
-        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for call in calls:
+        with torch.cuda.graph(self.graph, stream=stream):
+            for call in self.calls:
                 call()
 
     def seconds(self, at_least: float = 0.02) -> float:
@@ -96,8 +99,21 @@ class Captured:
             end.synchronize()
             elapsed = begin.elapsed_time(end) * 1e-3
             if elapsed >= at_least:
-                return elapsed / replays / self.count
+                return elapsed / replays / len(self.calls)
             replays = max(replays + 1, int(1.5 * replays * at_least / max(elapsed, 1e-6)))
+
+
+def pyplot(path: Path):
+    """matplotlib.pyplot for a picture at `path`; None, and a line, where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"matplotlib is missing: no {path.name}")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def rounds(timers: dict[str, Callable[[], float]], count: int) -> dict[str, float]:
@@ -113,7 +129,7 @@ def copy_bandwidth() -> float:
     """Bytes a second that copying 1 GiB on the GPU reads and writes together."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").zero_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / Captured([lambda: target.copy_(source)]).seconds(0.1)
+    return 2 * source.numel() / Captured(lambda: [lambda: target.copy_(source)]).seconds(0.1)
 
 
 def second_level_cache(device: str) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import machine
+from measure import machine, pyplot
 from plain_style import PlainStyle
 from plain_trainer import PlainTrainer
 from step import WEIGHTS, Iteration, Ours
@@ -81,11 +81,9 @@ def measure(provider: str, resolution: int, batch: int) -> float:
 
 
 def draw(rows: list[dict], path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot(path)
+    if plt is None:
+        return
     figure, axis = plt.subplots(figsize=(6, 4))
     for name in PROVIDERS:
         line = [(row["batch"], row["mib"]) for row in rows if row["provider"] == name]
@@ -111,9 +109,9 @@ def main() -> None:
     for provider in PROVIDERS:
         for batch in options.batches:
             command = [sys.executable, __file__, "--resolution", str(options.resolution)]
-            done = subprocess.run(
-                [*command, "--one", provider, str(batch)], check=True, capture_output=True, text=True
-            )
+            done = subprocess.run([*command, "--one", provider, str(batch)], capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"error: {provider} at batch {batch} ended with\n{done.stderr}")
             rows.append({"provider": provider, "batch": batch, "mib": round(float(done.stdout), 1)})
             print(rows[-1], flush=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

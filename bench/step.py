@@ -2,10 +2,11 @@
 
     python bench/step.py --out bench/results/step-cpu.json
 
-Rounds of all are interleaved; a row holds the median. On the CPU the clock is processor time, so that other
-programs on the machine do not count. Before timing, one float64 update of each must agree to 1e-10; otherwise
-nothing is written. On a GPU there are also the compiled bf16 versions of both; --batches then tries several
-batches and each provider counts with its best.
+A row holds the median of its rounds. On the CPU rounds of all are interleaved and the clock is processor
+time, so that other programs on the machine do not count; on a GPU each provider has the memory to itself.
+Before timing, one float64 update of each must agree to 1e-10; otherwise nothing is written. On a GPU there
+are also the compiled bf16 versions of both; --batches then tries several batches and each provider counts
+with its best.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import gc
 import json
 import statistics
 import time
@@ -109,7 +111,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
     model = StyleModel(options.resolution, start_channels=options.start_channels).to(device)
     rows = []
     for batch in options.batches:
-        rows += measure_batch(model, batch, options.rounds, device)
+        rows += measure_batch(model, batch, options.rounds, device, alone=device.type == "cuda")
     best = {}
     for row in rows:
         if "seconds" in row:
@@ -130,31 +132,46 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-def measure_batch(model: StyleModel, batch: int, rounds: int, device: torch.device) -> list[dict]:
+def measure_batch(
+    model: StyleModel, batch: int, rounds: int, device: torch.device, alone: bool
+) -> list[dict]:
+    """A row a provider; `alone`: one after the other, each with the memory to itself."""
     x = torch.randn(batch, 3, model.resolution, model.resolution, device=device)
-    seconds: dict[str, list[float]] = {}
-    iterations, rows = {}, []
-    for name, make in providers(device).items():
-        iterations[name] = make(copy.deepcopy(model))
-    warm = 8 if device.type == "cuda" else 1  # compilers, and captures for either fall of the style coin
-    for round_ in range(-warm, rounds):
-        for name in list(iterations):
-            try:
-                spent = timed(iterations[name], x, round_, device)
-            except torch.OutOfMemoryError:
-                rows.append({"provider": name, "batch": batch, "refused": "out of memory"})
-                del iterations[name]
-                torch.cuda.empty_cache()
-                continue
-            if round_ >= 0:
-                seconds.setdefault(name, []).append(spent)
-    for name, values in seconds.items():
-        if name in iterations:
-            median = statistics.median(values)
-            row = {"provider": name, "batch": batch, "seconds": round(median, 5)}
-            row |= {"seconds_an_image": median / batch, "least": min(values), "most": max(values)}
-            rows.append(row)
+    makers, rows = providers(device), []
+    if not alone:
+        made = {name: make(copy.deepcopy(model)) for name, make in makers.items()}
+        found = timed_rounds(made, x, 1, rounds, device)
+        return [row_of(name, batch, seconds) for name, seconds in found.items()]
+    for name, make in makers.items():
+        torch._dynamo.reset()  # else what earlier batches compiled counts against the limit of this one
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            # Before the first timed round: compilers, and captures for either fall of the style coin.
+            found = timed_rounds({name: make(copy.deepcopy(model))}, x, 8, rounds, device)
+            rows.append(row_of(name, batch, found[name]))
+        except torch.OutOfMemoryError:
+            rows.append({"provider": name, "batch": batch, "refused": "out of memory"})
     return rows
+
+
+def row_of(name: str, batch: int, seconds: list[float]) -> dict:
+    median = statistics.median(seconds)
+    row = {"provider": name, "batch": batch, "seconds": round(median, 5)}
+    return row | {"seconds_an_image": median / batch, "least": min(seconds), "most": max(seconds)}
+
+
+def timed_rounds(
+    iterations: dict[str, Iteration], x: torch.Tensor, warm: int, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each round after `warm` others, the iterations in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in iterations}
+    for round_ in range(-warm, rounds):
+        for name, iteration in iterations.items():
+            spent = timed(iteration, x, round_, device)
+            if round_ >= 0:
+                seconds[name].append(spent)
+    return seconds
 
 
 def timed(iteration: Iteration, x: torch.Tensor, round_: int, device: torch.device) -> float:

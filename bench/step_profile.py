@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from measure import Captured, copy_bandwidth, machine, wall
+from measure import Captured, copy_bandwidth, machine, pyplot, wall
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -185,7 +185,10 @@ def limits(device: torch.device) -> dict[str, float]:
     """Measured FLOPs a second of a matrix product (bf16 on a GPU, float32 on a CPU) and bytes a second."""
     if device.type == "cuda":
         a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-        return {"flops": 2 * 8192**3 / Captured([lambda: a @ b]).seconds(0.2), "bytes": copy_bandwidth()}
+        return {
+            "flops": 2 * 8192**3 / Captured(lambda: [lambda: a @ b]).seconds(0.2),
+            "bytes": copy_bandwidth(),
+        }
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     source, target = torch.zeros(1 << 26), torch.zeros(1 << 26)
     return {
@@ -216,11 +219,9 @@ def text(found: dict) -> str:
 
 
 def draw(found: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot(path)
+    if plt is None:
+        return
     rows = found["rows"]
     figure, axis = plt.subplots(figsize=(9, 0.4 * len(rows) + 1.2))
     axis.barh([row["part"] for row in rows], [1e3 * row["seconds"] for row in rows], color="#4878a8")

@@ -22,9 +22,7 @@ def inputs(request):
     return Inputs.make(*request.param, DTYPE, DEVICE)
 
 
-@pytest.mark.benchmark(
-    timer=time.perf_counter if DEVICE == "cuda" else time.process_time, warmup=True, max_time=0.3
-)
+@pytest.mark.benchmark(timer=TIMER, warmup=True, max_time=0.3)
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("provider", ["plain", "plain, autocast", "fused"])
 def test_encoder_phase(benchmark, inputs, provider, direction):

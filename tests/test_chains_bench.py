@@ -41,7 +41,9 @@ def test_times_stand_beside_errors_and_what_is_wrong_gets_none(chains, tmp_path,
     assert all(row["wall_ms"] > 0 and row["error"] < 1e-4 for row in rows if row["provider"] == "plain")
     assert all(row["refused"] and "wall_ms" not in row for row in rows if row["provider"] == "wrong")
     forward = next(row for row in rows if row.get("direction") == "forward")
-    assert forward["least_mib"] == 3 * 4 * 2 * 512 * 16 / 2**20
+    assert forward["least_mib"] == 2 * 4 * 2 * 512 * 16 / 2**20
+    assert [chains.passes(32, d) for d in chains.DIRECTIONS] == [2, 3, 5]
+    assert [chains.passes(64, d) for d in chains.DIRECTIONS] == [3, 5, 8]
     assert "| decoder | 512 x 4x4 | 2 | both |" in capsys.readouterr().out
 
 

@@ -1,6 +1,8 @@
 """Nine iterations of the training step against the published ones written out, float64, equal draws."""
 
 import copy
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from sivae_fast.draws import Draws, Rows
 from sivae_fast.models.residual import ResidualModel
 from sivae_fast.objectives import SoftIntroVAE
 from sivae_fast.training.step import Step, posterior_surrogate
-from tests.plain_residual import Plain
 
+PlainResidual = runpy.run_path(str(Path(__file__).parents[1] / "bench/plain_residual.py"))["PlainResidual"]
 SMALL = {"resolution": 8, "channels": 3, "widths": (8, 16), "latent_size": 4}
 BATCH = 6
 
@@ -26,7 +28,7 @@ def both(bootstrap, gamma_r, schedule):
         return draws.stream(name).normal(*like.shape, dtype=torch.float64)
 
     target = twin.target_decoder if bootstrap else twin.decoder
-    plain = Plain(twin.encoder, twin.decoder, target, (1.0, 0.5, 32.0), gamma_r, draw)
+    plain = PlainResidual(twin.encoder, twin.decoder, target, (1.0, 0.5, 32.0), gamma_r, draw)
     objective = SoftIntroVAE(beta_rec=1.0, beta_kl=0.5, beta_neg=32.0, scale=1 / 192, gamma_r=gamma_r)
     return model, twin, plain, Step(model, objective, schedule=schedule), clock
 

@@ -51,6 +51,17 @@ def test_a_captured_step_is_the_eager_one(step, monkeypatch):
     assert sum(graph.replays for graph in captured.graphs._recorder.graphs) >= 6
 
 
+def test_a_provider_without_memory_is_refused_and_the_others_are_measured(step, monkeypatch):
+    def greedy(model):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(step, "providers", lambda device: {"greedy": greedy, "minimal": step.Ours})
+    model = step.StyleModel(8, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2)
+    refused, measured = step.measure_batch(model, 2, 1, torch.device("cpu"), alone=True)
+    assert refused == {"provider": "greedy", "batch": 2, "refused": "out of memory"}
+    assert measured["provider"] == "minimal" and measured["seconds"] > 0
+
+
 def test_a_result_names_every_provider(step, monkeypatch, tmp_path):
     threads = torch.get_num_threads()
     out = tmp_path / "step.json"

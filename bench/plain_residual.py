@@ -18,7 +18,7 @@ def divergence(mean, logvar):
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1)
 
 
-class Plain:
+class PlainResidual:
     def __init__(self, encoder, decoder, target, betas, gamma_r, draw):
         """`target` reconstructs the fakes: the decoder itself, or the bootstrap variant's lagged one."""
         self.encoder, self.decoder, self.target = encoder, decoder, target
