@@ -200,6 +200,7 @@ def collect(path: Path) -> dict:
             if records:
                 scores = {key: statistics.mean(record[key] for record in records) for key in SCORES}
                 row = {"density": name, "model": title, "seeds": len(records), "scores": scores}
+                row["commits"] = sorted({record["commit"] for record in records})
                 if len(records) > 1:
                     row["deviations"] = {k: statistics.stdev(r[k] for r in records) for k in SCORES}
                 rows.append(row)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from measure import machine
 from torch import Tensor
 
 ALPHA = 2.0
@@ -190,7 +191,7 @@ def main() -> None:
         }
         rows.append(row)
         print(row)
-    record = {"command": "python bench/game.py", "games": rows}
+    record = {"command": "python bench/game.py", **machine("cpu"), "games": rows}
     (RESULTS / "game.json").write_text(json.dumps(record, indent=1) + "\n")
     draw_figure(played, RESULTS / "game.png")
 

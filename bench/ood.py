@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measure import machine
 from PIL import Image
 
 from sivae_fast.commands.pictures import reconstruct, sample
@@ -182,13 +182,12 @@ def main() -> None:
 
 def write(path: Path, found: dict[str, list[dict]], images: int, norm: str) -> None:
     """The results so far; a run that is interrupted keeps the seeds that are complete."""
-    machine = {"machine": platform.machine(), "threads": 1, "python": platform.python_version()}
     document = {
         "what": "AUROC by score, digits against other sets: mean and half-range over seeds",
         "images_seen": images,
         "norm": norm,
         "seeds": len(next(iter(found.values()))),
-        "environment": {**machine, "torch": torch.__version__},
+        **machine("cpu"),
         "summary": table(found),
         "runs": found,
     }

@@ -22,10 +22,11 @@ def test_several_seeds_become_mean_and_deviation(monkeypatch, tmp_path):
     values = {0: 1.0, 1: 2.0, 2: 4.5}
     for seed, value in values.items():
         scores = {key: value * (1e-8 if key == "gnelbo" else 1) for key in densities.SCORES}
-        (tmp_path / "densities" / f"rings-vae-{seed}.json").write_text(json.dumps(scores))
+        record = {**scores, "commit": f"c{seed % 2}"}
+        (tmp_path / "densities" / f"rings-vae-{seed}.json").write_text(json.dumps(record))
     found = densities.collect(tmp_path / "densities.json")
     (row,) = (row for row in found["rows"] if row["model"] == "VAE")
-    assert (row["density"], row["seeds"]) == ("rings", 3)
+    assert (row["density"], row["seeds"], row["commits"]) == ("rings", 3, ["c0", "c1"])
     assert row["scores"]["kl"] == 2.5
     assert row["deviations"]["kl"] == pytest.approx(statistics.stdev(values.values()))
     lines = densities.table(found).splitlines()
