@@ -108,6 +108,8 @@ def _check(mean, logvar, noise, seed, prior_mean, prior_logvar, prior_std) -> No
             raise ValueError(f"prior_std is {prior_std}, must be left out where prior_mean is given")
     if not (math.isfinite(prior_std) and prior_std > 0):
         raise ValueError(f"prior_std is {prior_std}, must be positive")
+    if seed is not None and not isinstance(seed, Tensor):
+        raise TypeError(f"seed is {seed!r}, must be a tensor of one int64 number on {mean.device}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != mean.device):
         raise ValueError(
             f"seed is {seed.dtype} of shape {list(seed.shape)} on {seed.device}, "

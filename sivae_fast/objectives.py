@@ -90,6 +90,7 @@ class Objective(nn.Module):
         for the device in every phase, and does nothing inside torch.compile: for debugging.
 
     Gradients flow to every tensor of a term that requires them: the caller detaches what is to be detached.
+    A term without a part that its phase adds up is refused with a ValueError.
     Statistics: `rec_<source>` and `kl_<source>` for the source "real" and every fake source of a phase,
     where the term has that part, and in the encoder phase `exp_elbo_<source>` or `hinge_<source>`.
     """
@@ -132,17 +133,23 @@ class Objective(nn.Module):
 
     def vae(self, real: Term) -> Loss:
         """Both networks' loss while the model is an ordinary VAE. Not multiplied by `scale`."""
+        _require("vae phase", "real", real, error=True, posterior=True)
         return self._phase("vae", {"real": real}, (Member.LINEAR,))
 
     def encoder(self, real: Term, *fakes: Term, **named_fakes: Term) -> Loss:
         """The encoder's loss. Terms of the fake sources by position (rec, fake) or by name."""
         terms = self._terms(real, fakes, named_fakes)
+        for name, term in terms.items():
+            error = name == "real" or self.reconstructs_fakes
+            _require("encoder phase", name, term, error=error, posterior=True)
         members = (Member.LINEAR, *[self._member] * len(self.fakes))
         return self._phase("encoder", terms, members, self._statistic)
 
     def decoder(self, real: Term, *fakes: Term, **named_fakes: Term) -> Loss:
         """The decoder's loss. A fake term that carries a posterior alone has no gamma_r part."""
         terms = self._terms(real, fakes, named_fakes)
+        for name, term in terms.items():
+            _require("decoder phase", name, term, error=name == "real", posterior=name != "real")
         return self._phase("decoder", terms, (Member.LINEAR,) * len(terms))
 
     def reparameterize(self, posterior: Posterior, eps: Tensor) -> Tensor:
@@ -359,6 +366,18 @@ def _not_negative(name: str, value: float) -> float:
     if _number(name, value) < 0:
         raise ValueError(f"{name} is {value!r}, must not be negative")
     return float(value)
+
+
+def _require(phase: str, name: str, term: Term, *, error: bool, posterior: bool) -> None:
+    """Raises where a term lacks what its phase adds up: left out, that would train something else."""
+    if not isinstance(term, Term):
+        raise TypeError(f"{name} is a {type(term).__name__}, must be a Term")
+    if isinstance(term.posterior, Tensor):
+        raise TypeError(f"posterior of {name} is a tensor, must be Posterior(mean, logvar)")
+    if error and term.target is None and term.error is None:
+        raise ValueError(f"{name} has no target and prediction: the {phase} needs its reconstruction error")
+    if posterior and term.posterior is None:
+        raise ValueError(f"{name} has no posterior: the {phase} needs its KL")
 
 
 def _positive(name: str, value: float) -> float:

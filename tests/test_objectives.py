@@ -210,7 +210,7 @@ def test_gradients_reach_what_requires_them():
     frozen = [
         Term(real.target.detach(), real.prediction, real.posterior),
         rec,
-        Term(posterior=fake.posterior),
+        Term(fake.target.detach(), fake.prediction.detach(), fake.posterior),
     ]
     objective = SoftIntroVAE(beta_rec=0.5, beta_kl=0.8, beta_neg=3.0, scale=0.02)
     objective.encoder(*frozen).loss.backward()
@@ -284,6 +284,34 @@ def test_wrong_terms_are_named():
         objective.encoder(real, rec, fake._replace(target=fake.target.long()))
     with pytest.raises(TypeError, match="fake sources are 1 by position, extra, must be rec, fake"):
         objective.encoder(real, rec, extra=fake)
+
+
+def test_a_term_without_what_its_phase_needs_is_refused():
+    """Left out, its part of the loss would be 0 without a word."""
+    real, rec, fake = batch()
+    bare, coded = (lambda t: Term(t.target, t.prediction)), (lambda t: Term(posterior=t.posterior))
+    soft = SoftIntroVAE(beta_rec=1, beta_kl=1, beta_neg=1, scale=1)
+    intro = IntroVAE(beta_rec=1, beta_kl=1, beta_neg=1, margin=1)
+    for call, terms, message in [
+        (soft.encoder, (bare(real), rec, fake), "real has no posterior: the encoder phase needs its KL"),
+        (soft.encoder, (real, bare(rec), fake), "rec has no posterior: the encoder phase"),
+        (soft.encoder, (real, rec, coded(fake)), "fake has no target .*: the encoder phase needs its rec"),
+        (intro.encoder, (coded(real), rec, fake), "real has no target .*: the encoder phase"),
+        (soft.decoder, (coded(real), rec, fake), "real has no target .*: the decoder phase"),
+        (soft.decoder, (real, rec, bare(fake)), "fake has no posterior: the decoder phase"),
+        (VAE(beta_rec=1, beta_kl=1).vae, (bare(real),), "real has no posterior: the vae phase"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call(*terms)
+    for loss in (
+        intro.encoder(real, coded(rec), coded(fake)),
+        soft.decoder(bare(real), coded(rec), coded(fake)),
+    ):
+        assert loss.loss.isfinite()
+    with pytest.raises(TypeError, match="posterior of real is a tensor, must be Posterior"):
+        soft.encoder(Term(real.target, real.prediction, real.posterior.mean), rec, fake)
+    with pytest.raises(TypeError, match="real is a Tensor, must be a Term"):
+        soft.encoder(real.target, rec, fake)
 
 
 def test_losses_need_torch_alone():
