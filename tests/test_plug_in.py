@@ -5,8 +5,15 @@ from pathlib import Path
 
 import pytest
 
-GUIDE = Path(__file__).parents[1] / "docs" / "plug-in.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "docs" / "plug-in.md"
+
+
+def examples(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+EXAMPLES = examples(GUIDE)
 
 
 def test_there_are_three_examples():
@@ -19,3 +26,10 @@ def test_example(number, capsys):
     exec(compile(EXAMPLES[number], f"{GUIDE.name}, example {number + 1}", "exec"), scope)
     if number == 0:
         assert "kl_fake" in capsys.readouterr().out
+
+
+def test_the_first_page_has_the_losses_ready_to_run():
+    (example,) = (text for text in examples(ROOT / "README.md") if "SoftIntroVAE" in text)
+    scope: dict = {}
+    exec(compile(example, "README.md", "exec"), scope)
+    assert set(scope["statistics"]) >= {"rec_real", "kl_real", "kl_rec", "exp_elbo_fake"}
