@@ -30,7 +30,7 @@ logger = logging.getLogger("sivae_fast")
 FORMAT = "sivae-fast 1"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint or snapshot that cannot be read or does not fit; the message names the file and why."""
 
 
@@ -100,18 +100,22 @@ def load(path: str | os.PathLike, averaged: bool = True, device: torch.device | 
 
     path: also "hub:owner/name", or "hub:owner/name@revision", of the Hugging Face Hub.
     A model that grows is at the level of detail that it had reached.
-    averaged: the averaged weights; False gives those of the optimizer (a snapshot has only one kind).
-    `.config`, `.images` and `.facts` of the model say what it is; the config is that of the run folder where
-    there is one, which knows the paths of the data. Raises CheckpointError, naming the file.
+    averaged: the averaged weights, where there are any; False gives those of the optimizer, and refuses a
+    snapshot, which has only one kind of weights, of averaged ones.
+    `.config`, `.images` and `.facts` of the model say what it is, `.facts["weights"]` "averaged", "raw" or,
+    for a snapshot that does not say, "unknown"; the config is that of the run folder where there is one,
+    which knows the paths of the data. Raises CheckpointError, naming the file.
     """
     name = os.fspath(path)
     path = hub.pull(name.removeprefix(hub.PREFIX)) if name.startswith(hub.PREFIX) else Path(path)
     if path.is_dir():
         tensors, config, images, facts = _of_folder(path, averaged)
     elif path.with_suffix(".json").is_file() and path.parent.name == "checkpoints":
+        if path.suffix == ".json":
+            raise CheckpointError(f"{name} only describes a checkpoint: give {path.stem}.safetensors beside it")
         tensors, config, images, facts = _of_checkpoint(*load_checkpoint(path), averaged)
     else:
-        tensors, config, images, facts = _of_snapshot(path)
+        tensors, config, images, facts = _of_snapshot(path, averaged)
     folder = run_folder(path)
     if folder and (folder / "config.yaml").is_file():
         config = load_config(folder / "config.yaml")
@@ -158,14 +162,14 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _of_folder(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config, int, dict[str, str]]:
     if (path / hub.MODEL).is_file():
-        return _of_snapshot(path / hub.MODEL)
+        return _of_snapshot(path / hub.MODEL, averaged)
     found = load_newest(path / "checkpoints")
     if found is not None:
         return _of_checkpoint(*found, averaged)
     snapshots = sorted((path / "snapshots").glob("*.safetensors"))
     if not snapshots:
         raise CheckpointError(f"{path} holds no checkpoint and no snapshot: give a run folder or a snapshot")
-    return _of_snapshot(snapshots[-1])
+    return _of_snapshot(snapshots[-1], averaged)
 
 
 def _of_checkpoint(
@@ -176,7 +180,7 @@ def _of_checkpoint(
     return part(tensors, "model") | average, make_config(state["config"]), state["images"], facts
 
 
-def _of_snapshot(path: Path) -> tuple[dict[str, Tensor], Config, int, dict[str, str]]:
+def _of_snapshot(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config, int, dict[str, str]]:
     from safetensors import safe_open
 
     if not path.is_file():
@@ -186,7 +190,13 @@ def _of_snapshot(path: Path) -> tuple[dict[str, Tensor], Config, int, dict[str, 
         metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT or "config" not in metadata:
         raise CheckpointError(f"{path} is not a snapshot of this project (`sivae-fast convert` makes one)")
-    facts = {name: value for name, value in metadata.items() if name not in ("format", "config", "images")}
+    about = {name: value for name, value in metadata.items() if name not in ("format", "config", "images")}
+    facts = {"weights": "unknown", **about}
+    if facts["weights"] == "averaged" and not averaged:
+        has = "`sivae-fast convert --raw` takes" if "source" in facts else "a run folder or a checkpoint has"
+        raise CheckpointError(
+            f"{path} holds averaged weights alone: {has} those of the optimizer (--raw, averaged=False)"
+        )
     return tensors, make_config(json.loads(metadata["config"])), int(metadata["images"]), facts
 
 

@@ -26,6 +26,7 @@ class Trained:
     """What `Inference` (images) and `CloudInference` (point clouds) share: batches, precision, batch norm.
 
     model: on its device and at its level. config, images: what it was trained with, and how far.
+    weights: "averaged" or "raw", said beside every number.
     batch: items in one pass; the noise of stochastic decoders depends on it, other results do not.
     batch_norm: "running", "batch" or "recalibrated" (see `evaluation.batchnorm`) for models that have it;
         None takes `default_batch_norm`. Recalibrated: the encoder with the training data, the decoder with
@@ -72,13 +73,12 @@ class Trained:
     def load(cls, path: str | os.PathLike, *, averaged: bool = True, device: str = "auto", **options):
         """The model of a run folder, checkpoint or snapshot; further options as the constructor.
 
-        averaged: the averaged weights; False takes those of the optimizer. device: "auto" is the GPU where
-        there is one. Raises CheckpointError, naming the file, for what is no model, ValueError for a device
-        that this machine does not have.
+        averaged: the averaged weights, where there are any; False takes those of the optimizer. device: "auto"
+        is the GPU where there is one. Raises CheckpointError, naming the file, for what is no model or holds
+        no weights of the optimizer, ValueError for a device that this machine does not have.
         """
         model = load(path, averaged, pick_device(device))
-        weights = "averaged" if averaged else "raw"
-        return cls(model, model.config, model.images, weights=weights, **options)
+        return cls(model, model.config, model.images, weights=model.facts["weights"], **options)
 
     @property
     def described(self) -> dict[str, object]:

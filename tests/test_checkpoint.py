@@ -144,6 +144,20 @@ def test_averaged_and_raw_weights_of_a_run(tmp_path, config):
     raw = dict(model.named_parameters())[name]
     torch.testing.assert_close(dict(load(run).named_parameters())[name], raw + 1)
     torch.testing.assert_close(dict(load(run, averaged=False).named_parameters())[name], raw)
+    assert load(run).facts["weights"] == "averaged" and load(run, averaged=False).facts["weights"] == "raw"
+
+
+@pytest.mark.parametrize(("facts", "has"), [({}, "a run folder or"), ({"source": "a.pth"}, "`sivae-fast con")])
+def test_averaged_weights_are_not_taken_for_those_of_the_optimizer(tmp_path, config, facts, has):
+    snapshot = tmp_path / "00000-run" / "snapshots" / "0000000064.safetensors"
+    save_snapshot(snapshot, make_model(config), config, 64, weights="averaged", **facts)
+    for path in (snapshot, tmp_path / "00000-run"):
+        with pytest.raises(CheckpointError, match=f"064.safetensors holds averaged weights alone: {has}"):
+            load(path, averaged=False)
+    save_snapshot(snapshot, make_model(config), config, 64, weights="raw")
+    assert load(snapshot).facts["weights"] == load(snapshot, averaged=False).facts["weights"] == "raw"
+    save_snapshot(snapshot, make_model(config), config, 64)
+    assert load(snapshot, averaged=False).facts["weights"] == "unknown"
 
 
 def test_a_half_grown_model_is_at_the_level_it_had_reached(tmp_path):
@@ -159,6 +173,9 @@ def test_wrong_files_are_named(tmp_path, config):
         load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no checkpoint and no snapshot"):
         load(tmp_path)
+    checkpoint = save_checkpoint(tmp_path / "checkpoints", 10, tensors(1.0), {}, keep=3)
+    with pytest.raises(CheckpointError, match=r"0010\.json only describes .* give 0000000010\.safetensors"):
+        load(checkpoint.with_suffix(".json"))
     (tmp_path / "text.safetensors").write_text("this is no snapshot")
     with pytest.raises(CheckpointError, match=r"text.safetensors cannot be read"):
         load(tmp_path / "text.safetensors")

@@ -20,5 +20,4 @@ def open_run(
     model = load(path, averaged, pick_device(device))
     check_kind(model.config, (*Inference.kinds, *CloudInference.kinds))
     use = CloudInference if model.config.model.kind in CloudInference.kinds else Inference
-    weights = "averaged" if averaged else "raw"
-    return use(model, model.config, model.images, weights=weights, **options)
+    return use(model, model.config, model.images, weights=model.facts["weights"], **options)

@@ -55,7 +55,7 @@ def write_videos(root, frames=20):
     return root
 
 
-def write_run(folder, data, model, value_range="symmetric", images=1000, **sections):
+def write_run(folder, data, model, value_range="symmetric", images=1000, weights="averaged", **sections):
     if not isinstance(data, dict):
         data = {"path": str(data), "value_range": value_range}
     config = make_config({"model": model, "data": data, **sections})
@@ -67,7 +67,8 @@ def write_run(folder, data, model, value_range="symmetric", images=1000, **secti
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    save_snapshot(folder / "snapshots" / f"{images:010d}.safetensors", model, config, images)
+    path = folder / "snapshots" / f"{images:010d}.safetensors"
+    save_snapshot(path, model, config, images, weights=weights)
     return folder
 
 
@@ -102,5 +103,6 @@ def runs(tmp_path_factory):
 
 def write_run_of_points(folder):
     config = make_config({"model": {"kind": "mlp"}, "data": {"kind": "density", "name": "8gaussians"}})
-    save_snapshot(folder / "snapshots" / "0000000001.safetensors", make_model(config), config, 1)
+    path = folder / "snapshots" / "0000000001.safetensors"
+    save_snapshot(path, make_model(config), config, 1, weights="averaged")
     return folder

@@ -13,6 +13,7 @@ from sivae_fast.evaluation.features import load_features
 from sivae_fast.inference import Inference
 from sivae_fast.measure import METRICS, RealImages, detect_others, evaluate
 from sivae_fast.run import read_metrics
+from tests.commands.conftest import RESIDUAL, write_run
 
 RANDOM = load_features("random")
 ALL = [name for name in METRICS if name != "lpips"]
@@ -139,6 +140,17 @@ def test_batch_norm_is_chosen_on_the_command_line_and_said_beside_the_number(run
         pictures.add(out.read_bytes())
     assert values.pop(None) == values["recalibrated"]
     assert len(set(values.values())) == 3 and len(pictures) == 3
+
+
+def test_the_weights_that_a_model_has_are_said_not_those_that_were_asked_for(runs, tmp_path, capsys):
+    unaveraged = write_run(tmp_path / "00000-raw", runs.grey, RESIDUAL, "unit", weights="raw")
+    command = ["evaluate", str(unaveraged), "--metrics", "mse", "--count", "4"]
+    for flags in ([], ["--raw"]):
+        assert main([*command, *flags]) == 0
+        assert json.loads(capsys.readouterr().out)["mse"]["weights"] == "raw"
+    assert main(["evaluate", str(runs.residual), "--metrics", "mse", "--raw"]) == 1
+    assert "1000.safetensors holds averaged weights alone" in capsys.readouterr().err
+    assert Inference.load(unaveraged, device="cpu").weights == "raw"
 
 
 def test_sets_of_one_name_stay_two(runs, tmp_path, capsys):
