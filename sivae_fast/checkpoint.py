@@ -112,7 +112,7 @@ def load(path: str | os.PathLike, averaged: bool = True, device: torch.device | 
         tensors, config, images, facts = _of_folder(path, averaged)
     elif path.with_suffix(".json").is_file() and path.parent.name == "checkpoints":
         if path.suffix == ".json":
-            raise CheckpointError(f"{name} only describes a checkpoint: give {path.stem}.safetensors beside it")
+            raise CheckpointError(f"{name} only describes a checkpoint: give {path.stem}.safetensors")
         tensors, config, images, facts = _of_checkpoint(*load_checkpoint(path), averaged)
     else:
         tensors, config, images, facts = _of_snapshot(path, averaged)

@@ -73,9 +73,9 @@ class Trained:
     def load(cls, path: str | os.PathLike, *, averaged: bool = True, device: str = "auto", **options):
         """The model of a run folder, checkpoint or snapshot; further options as the constructor.
 
-        averaged: the averaged weights, where there are any; False takes those of the optimizer. device: "auto"
-        is the GPU where there is one. Raises CheckpointError, naming the file, for what is no model or holds
-        no weights of the optimizer, ValueError for a device that this machine does not have.
+        averaged: the averaged weights, where there are any; False takes those of the optimizer.
+        device: "auto" is the GPU where there is one. Raises CheckpointError, naming the file, for what is no
+        model or lacks those weights, ValueError for a device that this machine does not have.
         """
         model = load(path, averaged, pick_device(device))
         return cls(model, model.config, model.images, weights=model.facts["weights"], **options)

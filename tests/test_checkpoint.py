@@ -147,7 +147,7 @@ def test_averaged_and_raw_weights_of_a_run(tmp_path, config):
     assert load(run).facts["weights"] == "averaged" and load(run, averaged=False).facts["weights"] == "raw"
 
 
-@pytest.mark.parametrize(("facts", "has"), [({}, "a run folder or"), ({"source": "a.pth"}, "`sivae-fast con")])
+@pytest.mark.parametrize(("facts", "has"), [({}, "a run folder or"), ({"source": "a.pth"}, "`sivae-fast")])
 def test_averaged_weights_are_not_taken_for_those_of_the_optimizer(tmp_path, config, facts, has):
     snapshot = tmp_path / "00000-run" / "snapshots" / "0000000064.safetensors"
     save_snapshot(snapshot, make_model(config), config, 64, weights="averaged", **facts)
