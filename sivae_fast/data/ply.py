@@ -14,6 +14,7 @@ _SCALARS = {
     "float32": "f4", "float64": "f8",
 }  # fmt: skip
 _ORDERS = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}
+_LENGTHS = {"format": 2, "element": 3, "property": 3}  # words of a line of the header, at least
 
 
 def read_ply(path: str | os.PathLike) -> np.ndarray:
@@ -32,15 +33,10 @@ def read_ply(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(f"{path}: not a .ply file (it starts with 'ply' and has a line 'end_header')")
     try:
         order, count, fields = _header([line.split() for line in lines[1:]])
-        if order == "=":
-            rows = body.decode("ascii").split("\n")[:count]
-            columns = [[name for name, _ in fields].index(axis) for axis in "xyz"]
-            return np.array([[row.split()[c] for c in columns] for row in rows if row.strip()], np.float32)
-        kind = np.dtype([(name, order + scalar) for name, scalar in fields])
-        vertices = np.frombuffer(body, kind, count)
-        return np.stack([vertices[axis].astype(np.float32) for axis in "xyz"], 1)
-    except (ValueError, IndexError) as error:
+        vertices = _ascii(body, count, fields) if order == "=" else _binary(body, count, fields, order)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return np.stack([vertices[axis].astype(np.float32) for axis in "xyz"], 1)
 
 
 def write_ply(path: str | os.PathLike, points: np.ndarray) -> None:
@@ -54,12 +50,35 @@ def write_ply(path: str | os.PathLike, points: np.ndarray) -> None:
         file.write(np.ascontiguousarray(points, "<f4").tobytes())
 
 
+def _ascii(body: bytes, count: int, fields: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+    rows = [row.split() for row in body.decode("ascii", "replace").splitlines() if row.strip()][:count]
+    _check_count(len(rows), count)
+    for i, row in enumerate(rows):
+        if len(row) < len(fields):
+            raise ValueError(f"vertex {i} has {len(row)} numbers, the header promises {len(fields)}")
+    columns = {name: column for column, (name, _) in enumerate(fields)}
+    return {axis: np.array([row[columns[axis]] for row in rows], np.float32) for axis in "xyz"}
+
+
+def _binary(body: bytes, count: int, fields: list[tuple[str, str]], order: str) -> np.ndarray:
+    kind = np.dtype([(name, order + scalar) for name, scalar in fields])
+    _check_count(len(body) // kind.itemsize, count)
+    return np.frombuffer(body, kind, count)
+
+
+def _check_count(found: int, promised: int) -> None:
+    if found < promised:
+        raise ValueError(f"holds {found} vertices, the header promises {promised}: copy it again")
+
+
 def _header(lines: list[list[str]]) -> tuple[str, int, list[tuple[str, str]]]:
     """(byte order, vertices, [(property, NumPy scalar)]) of a file that begins with its vertices."""
     order, count, fields, inside = None, None, [], False
     for words in lines:
         if not words:
             continue
+        if len(words) < _LENGTHS.get(words[0], 0):
+            raise ValueError(f"the header's line {' '.join(words)!r} is not complete")
         if words[0] == "format":
             if words[1] not in _ORDERS:
                 raise ValueError(f"format {words[1]}: accepted are {', '.join(_ORDERS)}")
@@ -68,6 +87,8 @@ def _header(lines: list[list[str]]) -> tuple[str, int, list[tuple[str, str]]]:
             if count is None and words[1] != "vertex":
                 raise ValueError(f"first element is {words[1]}: accepted is vertex")
             inside = words[1] == "vertex"
+            if inside and not words[2].isdecimal():
+                raise ValueError(f"element vertex {words[2]}: accepted is a whole number")
             count = int(words[2]) if inside else count
         elif words[0] == "property" and inside:
             if words[1] not in _SCALARS:

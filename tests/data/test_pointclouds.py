@@ -66,14 +66,37 @@ def test_bad_ply(tmp_path):
         read_ply(file)
     write_ply(file, np.zeros((9, 3), np.float32))
     file.write_bytes(file.read_bytes()[:-60])
-    with pytest.raises(ValueError, match=r"a\.ply: buffer is smaller"):
+    with pytest.raises(ValueError, match=r"a\.ply: holds 5 vertices, the header promises 9: copy it again"):
         read_ply(file)
     file.write_bytes(b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nend_header\n1\n")
     with pytest.raises(ValueError, match="lacks"):
         read_ply(file)
-    write_ply(file, np.zeros((5, 3), np.float32), "ascii")
-    file.write_bytes(file.read_bytes().replace(b"7 0.0 0.0 0.0\n", b"7 0.0 0.0\n", 1))
-    with pytest.raises(ValueError, match=r"a\.ply: "):
+
+
+def test_a_truncated_ascii_ply_is_not_a_shorter_cloud(tmp_path):
+    file = tmp_path / "a.ply"
+    write_ply(file, np.ones((300, 3), np.float32), "ascii")
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[: HEADER.count("\n") + 256]))
+    with pytest.raises(ValueError, match=r"a\.ply: holds 256 vertices, the header promises 300: copy it"):
+        read_ply(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "by", "message"),
+    [
+        (b"7 1.0 1.0 1.0\n", b"7 1.0 1.0\n", "vertex 0 has 3 numbers, the header promises 4"),
+        (b"7 1.0 1.0 1.0\n", b"7 1.0 one 1.0\n", "could not convert string to float: 'one'"),
+        (b"format ascii 1.0", b"format", "the header's line 'format' is not complete"),
+        (b"element vertex 5", b"element vertex", "the header's line 'element vertex' is not complete"),
+        (b"element vertex 5", b"element vertex -5", "element vertex -5: accepted is a whole number"),
+    ],
+)
+def test_a_bad_ascii_ply_is_told_in_words(tmp_path, text, by, message):
+    file = tmp_path / "a.ply"
+    write_ply(file, np.ones((5, 3), np.float32), "ascii")
+    file.write_bytes(file.read_bytes().replace(text, by, 1))
+    with pytest.raises(ValueError, match=rf"a\.ply: {message}"):
         read_ply(file)
 
 
