@@ -10,6 +10,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -23,7 +24,10 @@ PREPARE_HINT = "run `sivae-fast prepare SOURCE DEST --resolution N` to make a se
 
 
 class Folder:
-    """The files below a folder, sorted by name, hidden ones left out; or those named."""
+    """The files below a folder, sorted by name, hidden ones left out; or those named.
+
+    Raises ValueError for a folder that may not be read, at any depth.
+    """
 
     def __init__(self, path: Path, names: list[str] | None = None):
         self.path = path
@@ -31,7 +35,7 @@ class Folder:
             self.names = names
             return
         found, visited = [], set()
-        for root, folders, files in os.walk(path, followlinks=True):
+        for root, folders, files in os.walk(path, onerror=_refuse, followlinks=True):
             if (place := os.path.realpath(root)) in visited:  # a link to a folder above
                 folders.clear()
                 continue
@@ -106,6 +110,19 @@ class Zip:
 
     def __setstate__(self, path: Path) -> None:
         self.__init__(path)
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file is a zip. ValueError where it may not be read, which zipfile takes for no zip."""
+    try:
+        with open(path, "rb") as file:
+            return zipfile.is_zipfile(file)
+    except OSError as error:
+        _refuse(error)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def is_hidden(name: str) -> bool:
@@ -259,6 +276,6 @@ def _open(path: Path) -> Folder | Zip:
             else ""
         )
         raise ValueError(f"there is no image set at {path} (a folder or a .zip file){hint}")
-    if zipfile.is_zipfile(path):
+    if is_zip(path):
         return Zip(path)
     raise ValueError(f"{path} is neither a folder nor a zip file; {PREPARE_HINT}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,7 @@ def _reader(path: Path) -> Callable[[Path, int], Factors]:
     if path.suffix in (".h5", ".hdf5") and path.is_file():
         return _shapes3d
     if path.is_dir():
+        os.listdir(path)  # raises: glob finds nothing in a folder that may not be read
         if any(path.glob("smallnorb-*")):
             return _smallnorb
         if any(path.rglob("*.mat")):

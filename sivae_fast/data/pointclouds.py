@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +88,8 @@ def _reader(path: str | Path | None) -> Callable[..., Groups]:
     path = Path(path)
     if path.suffix == ".npy" and path.is_file():
         return _read_npy
+    if path.is_dir():
+        os.listdir(path)  # raises: glob finds nothing in a folder that may not be read
     if path.is_dir() and any(path.glob("*train*.h5")):
         return _read_modelnet
     if path.is_dir() and any(path.glob("*/*.ply")):

@@ -12,13 +12,12 @@ import io
 import pickle
 import struct
 import tarfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from sivae_fast.data.archive import Folder, Zip
+from sivae_fast.data.archive import Folder, Zip, is_zip
 from sivae_fast.data.sources import Files, Source, Tar, part
 from sivae_fast.data.tfrecord import RecordFile, is_record_file, level_of
 
@@ -53,7 +52,7 @@ def _open_files(path: Path) -> Folder | Zip | Tar:
         return Folder(path.parent, [path.name])
     if path.name == CELEBA[0] and (path.parent / CELEBA[1]).exists():
         return Folder(path.parent, [name for name in CELEBA if (path.parent / name).exists()])
-    if zipfile.is_zipfile(path):
+    if is_zip(path):
         return Zip(path)
     if tarfile.is_tarfile(path):
         return Tar(path)

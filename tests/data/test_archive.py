@@ -1,6 +1,8 @@
 """Image sets on disk: what is read, and what is refused how."""
 
+import builtins
 import json
+import os
 import pickle
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -12,6 +14,9 @@ from image_files import encoded, picture, png_zip, stylegan_names, write_folder,
 from PIL import Image
 
 from sivae_fast.data.archive import ImageSet
+from sivae_fast.data.factors import load_factors
+from sivae_fast.data.pointclouds import load_clouds
+from sivae_fast.data.prepare import prepare
 
 
 @pytest.fixture
@@ -131,6 +136,35 @@ def test_paths_that_are_no_sets(tmp_path):
     (tmp_path / "torn.zip").write_bytes(whole[:-30])
     with pytest.raises(ValueError, match=r"torn\.zip"):
         ImageSet(tmp_path / "torn.zip")
+
+
+@pytest.fixture
+def forbidden(monkeypatch, tmp_path):
+    """A place that may not be read, also by root, whom modes do not stop."""
+
+    def refusing(function):
+        def call(path, *args, **options):
+            if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(str(tmp_path)):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return function(path, *args, **options)
+
+        return call
+
+    for owner, name in ((builtins, "open"), (os, "scandir"), (os, "listdir")):
+        monkeypatch.setattr(owner, name, refusing(getattr(owner, name)))
+    return tmp_path
+
+
+def test_what_may_not_be_read_is_not_called_empty_or_of_another_kind(forbidden):
+    (forbidden / "folder").mkdir()
+    (forbidden / "set.zip").touch()
+    for name in ("folder", "set.zip"):
+        for read in (ImageSet, lambda path: prepare(path, "nowhere", resolution=16)):
+            with pytest.raises(ValueError, match=rf"{name} cannot be read: Permission denied"):
+                read(forbidden / name)
+    for read in (load_clouds, load_factors):
+        with pytest.raises(PermissionError, match="folder"):
+            read(forbidden / "folder")
 
 
 @pytest.mark.parametrize(
