@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MANIFEST = "manifest.json"
@@ -140,10 +140,10 @@ class ImageSet:
     (from dataset.json), `manifest` what `prepare` wrote beside the images or None. Raises ValueError for a
     path that is no image set, an empty one, and for images that are not square, of one size, of 8 bits, or
     (unless `any_size`) whose side is no power of two. A sample of the images is looked at when the set is
-    opened, every other one when it is decoded.
+    opened, every other one when it is decoded; `damaged` ones may be in the sample, but not be all of it.
     """
 
-    def __init__(self, path: str | os.PathLike, *, any_size: bool = False):
+    def __init__(self, path: str | os.PathLike, *, any_size: bool = False, damaged: bool = False):
         self.path = Path(path)
         self._files = _open(self.path)
         self.names = [n for n in self._files.names if is_image_name(n)]
@@ -154,7 +154,7 @@ class ImageSet:
             )
         self.manifest = self._json(MANIFEST)
         self._check_complete()
-        self.resolution, self.channels = self._shape(any_size)
+        self.resolution, self.channels = self._shape(any_size, damaged)
         self.labels = self._labels()
 
     def __len__(self) -> int:
@@ -191,9 +191,9 @@ class ImageSet:
             raise self._corrupt(index, error) from None
         return pixels.reshape(self.resolution, self.resolution, self.channels)
 
-    def _shape(self, any_size: bool) -> tuple[int, int]:
+    def _shape(self, any_size: bool, damaged: bool) -> tuple[int, int]:
         """Side and channels, from the headers of up to 64 images spread over the set."""
-        side, channels = None, 1
+        side, channels, problem = None, 1, None
         for index in self._spread():
             try:
                 with Image.open(io.BytesIO(self.read(index))) as image:
@@ -201,7 +201,9 @@ class ImageSet:
                     self._check_header(index, image, side)
                     channels = max(channels, STORED_MODES[image.mode])
             except _DECODE_ERRORS as error:
-                raise self._corrupt(index, error) from None
+                problem = problem or self._corrupt(index, error)
+        if problem and not (damaged and side):
+            raise problem
         if not any_size and (side < 4 or side & (side - 1)):
             raise ValueError(
                 f"{self.names[0]} of {self.path} has a side of {side} pixels, which is no power of two; "
@@ -236,8 +238,8 @@ class ImageSet:
         if isinstance(error, ValueError) and str(self.path) in str(error):
             return error
         return ValueError(
-            f"{self.names[index]} of {self.path} cannot be decoded ({error}); "
-            f"remove it, or {PREPARE_HINT}: it skips such files"
+            f"{self.names[index]} of {self.path} cannot be decoded ({reason(error)}); remove it, or "
+            f"{PREPARE_HINT}: with --allow-bad SHARE it skips such files, up to that share of all"
         )
 
     def _json(self, name: str):
@@ -260,6 +262,11 @@ class ImageSet:
             )
         labels = np.array([by_name[n] for n in self.names])
         return labels.astype(np.int64 if labels.ndim == 1 else np.float32)
+
+
+def reason(error: Exception) -> str:
+    """Why a picture cannot be decoded. Pillow's own words for what it does not know name an address."""
+    return "not a picture" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
 
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, struct.error)

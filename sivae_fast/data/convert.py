@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
+from sivae_fast.data.archive import reason
+
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,
@@ -40,23 +42,23 @@ class Recipe:
     def __post_init__(self):
         size = self.resolution
         if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
-            raise TypeError(f"resolution must be an integer, got {size!r}")
+            raise TypeError(f"--resolution must be an integer, got {size!r}")
         if size is not None and (not 4 <= size <= 4096 or size & (size - 1)):
-            raise ValueError(f"resolution must be a power of two from 4 to 4096, got {size}")
+            raise ValueError(f"--resolution must be a power of two from 4 to 4096, got {size}")
         for option, value, accepted in (
             ("fit", self.fit, FITS),
             ("filter", self.filter, FILTERS),
             ("format", self.format, FORMATS),
         ):
             if value not in accepted:
-                raise ValueError(f"{option} must be one of {', '.join(accepted)}, got {value!r}")
+                raise ValueError(f"--{option} must be one of {', '.join(accepted)}, got {value!r}")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality must lie in 1 ... 100, got {self.quality}")
+            raise ValueError(f"--quality must lie in 1 ... 100, got {self.quality}")
         try:
             ImageColor.getrgb(self.background)
         except ValueError:
             raise ValueError(
-                f"background must be a colour like white or #ff8800, got {self.background!r}"
+                f"--background must be a colour like white or #ff8800, got {self.background!r}"
             ) from None
 
 
@@ -73,10 +75,8 @@ def convert(picture: bytes | np.ndarray, recipe: Recipe) -> Converted:
     """A training image of a file's bytes or of uint8 pixels [H, W] or [H, W, 3]; bad data does not raise."""
     try:
         image = flatten(open_picture(picture), recipe)
-    except Image.UnidentifiedImageError:
-        return Converted(problem="not a picture")
     except Exception as error:  # what a damaged file makes a decoder raise is anybody's guess
-        return Converted(problem=str(error) or repr(error))
+        return Converted(problem=reason(error))
     shown = max(image.size) if recipe.fit == "fit" else min(image.size)
     enlarged = recipe.resolution is not None and shown < recipe.resolution
     return Converted(encode(resize(image, recipe), recipe), enlarged)

@@ -72,14 +72,15 @@ def prepare(
     `allow_bad` of them is an error. An interrupted run goes on where it stopped when called again; `dest`
     appears only when it is complete. A `dest` made from the same source by the same recipe is left as it is.
 
+    Messages name options as the command line does (--allow-bad for `allow_bad`).
     Raises ValueError for options that are out of range, a source without pictures, too many bad files, and
     a `dest` that holds something else; OSError where the disk fails, naming what to do.
     """
     recipe = Recipe(resolution, fit, filter, format, quality, bool(grey), background)
     if not 0 <= allow_bad <= 1:
-        raise ValueError(f"allow_bad must lie in 0 ... 1, got {allow_bad}")
+        raise ValueError(f"--allow-bad must lie in 0 ... 1, got {allow_bad}")
     if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+        raise ValueError(f"--workers must be at least 1, got {workers}")
     source, dest = Path(source), Path(dest)
     if source.resolve() in (dest.resolve(), *dest.resolve().parents):
         raise ValueError(f"{dest} lies inside its source {source}: name a place outside")
@@ -114,8 +115,11 @@ def prepare(
 
 
 def check_set(path: str | os.PathLike, *, progress: bool = True) -> None:
-    """Reads every image of a set and compares it with the manifest; ValueError names the damaged ones."""
-    images = ImageSet(path, any_size=True)
+    """Reads every image of a set, compares it with the manifest where there is one, and logs the verdict.
+
+    Raises ValueError naming all that are damaged, and for what ImageSet refuses.
+    """
+    images = ImageSet(path, any_size=True, damaged=True)
     expected = (images.manifest or {}).get("crc32", {})
     damaged = []
     with progress_bar(len(images), "check", progress) as bar:
@@ -123,13 +127,15 @@ def check_set(path: str | os.PathLike, *, progress: bool = True) -> None:
             try:
                 images.decode(index)
                 if name in expected and zlib.crc32(images.read(index)) != int(expected[name], 16):
-                    damaged.append(f"{name} (not the file that was prepared)")
+                    damaged.append(f"{name} is not the file that was prepared")
             except ValueError as error:
-                damaged.append(str(error))
+                damaged.append(str(error).partition("; ")[0])  # without the advice that each of them has
             bar.update()
     if damaged:
-        listed = "; ".join(damaged[:10])
-        raise ValueError(f"{len(damaged)} of {len(images)} images of {path} are damaged: {listed}")
+        listed = "".join(f"\n  {problem}" for problem in damaged)
+        raise ValueError(f"{len(damaged)} of {len(images)} images of {path} are damaged:{listed}")
+    compared = "all as the manifest says" if expected else "there is no manifest to compare them with"
+    log.info("%s: %d images, none damaged; %s", path, len(images), compared)
 
 
 def _convert_all(
@@ -177,8 +183,8 @@ def _check_skipped(skipped: list, pictures: Source, allow_bad: float, source: Pa
         more = f"\n  and {len(skipped) - 20} more" if len(skipped) > 20 else ""
         raise ValueError(
             f"{len(skipped)} of {files} files in {source} ({len(skipped) / files:.1%}) are no readable "
-            f"pictures, more than allow_bad = {allow_bad:g} allows; the others are kept in {place}, so the "
-            f"same command with a larger allow_bad finishes at once:{listed}{more}"
+            f"pictures, more than --allow-bad {allow_bad:g} allows; the others are kept in {place}, so the "
+            f"same command with a larger --allow-bad finishes at once:{listed}{more}"
         )
 
 

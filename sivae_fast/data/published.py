@@ -31,15 +31,15 @@ def open_source(path: Path, split: str | None, hold_out: int | None, resolution:
     source = find_published(files, split, resolution) if hold_out is None else None
     if source is None and (split is None) != (hold_out is None):
         raise ValueError(
-            f"{path} has no splits of its own: give split=train or split=test together with hold_out=N, "
-            f"which makes the last N pictures the test split"
+            f"{path} has no splits of its own: give --split train or --split test together with "
+            f"--hold-out N, which makes the last N pictures the test split"
         )
     if source is None:
         source = Files(files) if split is None else part(files, split, hold_out)
     if not source.names:
         raise ValueError(f"no pictures in {path} ({len(source.others)} other files)")
     if resolution is None and source.size is None:
-        raise ValueError(f"resolution is needed: the pictures of {path} may have any size")
+        raise ValueError(f"--resolution is needed: the pictures of {path} may have any size")
     return source
 
 

@@ -94,10 +94,10 @@ def part(files: Folder | Zip | Tar, split: str, hold_out: int) -> Files:
     """The split "test", the last `hold_out` pictures in the order of the names, or "train", the others."""
     pictures = [name for name in files.names if is_image_name(name)]
     if split not in ("train", "test"):
-        raise ValueError(f"split must be train or test, got {split!r}")
+        raise ValueError(f"--split must be train or test, got {split!r}")
     if not 0 < hold_out < len(pictures):
         raise ValueError(
-            f"hold_out must lie between 0 and the {len(pictures)} pictures of {files.path}, got {hold_out}"
+            f"--hold-out must lie between 0 and the {len(pictures)} pictures of {files.path}, got {hold_out}"
         )
     last = set(pictures[-hold_out:])
     source = Files(files, keep=lambda name: (name in last) == (split == "test"))

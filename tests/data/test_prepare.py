@@ -95,7 +95,7 @@ def test_labels_follow_their_pictures(tmp_path):
 def test_text_and_torn_files_are_named_counted_and_skipped(tmp_path, caplog):
     bad = {"notes.txt": b"hello", "b/torn.jpg": encoded(picture(0, 64, 64), "jpeg")[:-300], "c.png": b"text"}
     source = write_folder(tmp_path / "in", pictures(200) | bad)
-    with pytest.raises(ValueError, match=r"3 of 203 files .*\(1\.5%\).*more than allow_bad = 0\.01") as error:
+    with pytest.raises(ValueError, match=r"3 of 203 files .*\(1\.5%\).*more than --allow-bad 0\.01") as error:
         prepare(source, tmp_path / "out.zip", **QUIET | {"resolution": 4})
     assert all(name in str(error.value) for name in bad)
     assert not (tmp_path / "out.zip").exists()
@@ -283,9 +283,10 @@ def test_a_file_that_is_no_archive(tmp_path):
 def test_bad_options_are_named(tmp_path):
     source = write_folder(tmp_path / "in", pictures(2))
     for options, message in (
-        ({"allow_bad": 1.5}, r"allow_bad must lie in 0 \.\.\. 1, got 1\.5"),
-        ({"workers": 0}, "workers must be at least 1, got 0"),
-        ({"resolution": 48}, "resolution must be a power of two from 4 to 4096, got 48"),
+        ({"allow_bad": 1.5}, r"--allow-bad must lie in 0 \.\.\. 1, got 1\.5"),
+        ({"filter": "none"}, "--filter must be one of lanczos, bicubic"),
+        ({"workers": 0}, "--workers must be at least 1, got 0"),
+        ({"resolution": 48}, "--resolution must be a power of two from 4 to 4096, got 48"),
     ):
         with pytest.raises(ValueError, match=message):
             prepare(source, tmp_path / "out.zip", **QUIET | options)
@@ -298,8 +299,46 @@ def test_damage_after_the_fact_is_found(tmp_path):
     prepare(source, tmp_path / "out", **QUIET)
     victim = tmp_path / "out" / "00000" / "img00000003.png"
     victim.write_bytes(encoded(picture(99)))
-    with pytest.raises(ValueError, match=r"1 of 8 images of .*out are damaged: 00000/img00000003\.png"):
+    with pytest.raises(ValueError, match=r"1 of 8 images of .*out are damaged:\n  00000/img00000003\.png is"):
         check_set(tmp_path / "out", progress=False)
+
+
+def test_all_damaged_images_are_named_also_those_that_are_met_when_the_set_is_opened(tmp_path):
+    source = write_folder(tmp_path / "in", pictures())
+    prepare(source, tmp_path / "out", **QUIET)
+    for i, data in ((0, b"text"), (3, encoded(picture(99, 16, 16))), (7, encoded(picture(7, 16, 16))[:-40])):
+        (tmp_path / "out" / "00000" / f"img{i:08d}.png").write_bytes(data)
+    with pytest.raises(ValueError, match=r"3 of 8 images of .*out are damaged:") as error:
+        check_set(tmp_path / "out", progress=False)
+    first, second, third = str(error.value).splitlines()[1:]
+    assert first == f"  00000/img00000000.png of {tmp_path / 'out'} cannot be decoded (not a picture)"
+    assert second == "  00000/img00000003.png is not the file that was prepared"
+    assert "img00000007.png" in third and "cannot be decoded" in third
+
+
+def test_the_verdict_on_a_whole_set_says_what_was_compared(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    source = write_folder(tmp_path / "in", pictures())
+    prepare(source, tmp_path / "out", **QUIET)
+    check_set(tmp_path / "out", progress=False)
+    assert caplog.messages[-1].endswith("out: 8 images, none damaged; all as the manifest says")
+    (tmp_path / "out" / "manifest.json").unlink()
+    check_set(tmp_path / "out", progress=False)
+    assert caplog.messages[-1].endswith(
+        "out: 8 images, none damaged; there is no manifest to compare them with"
+    )
+
+
+def test_the_advice_on_a_damaged_picture_works(tmp_path):
+    """Also in a set so small that one is more than the share that is skipped without asking."""
+    source = write_folder(tmp_path / "in", {f"{i}.png": encoded(picture(i)) for i in range(5)})
+    (source / "3.png").write_bytes(b"text")
+    with pytest.raises(
+        ValueError, match=r"3\.png .* cannot be decoded \(not a picture\); remove it, or"
+    ) as error:
+        ImageSet(source)
+    assert "--allow-bad SHARE" in str(error.value)
+    assert prepare(source, tmp_path / "out", allow_bad=0.2, **QUIET).images == 4
 
 
 def test_a_zip_of_more_than_65535_members(tmp_path):

@@ -268,11 +268,11 @@ def test_splits_of_a_plain_folder_need_a_number(tmp_path):
     for options, message in (
         (
             {"split": "test"},
-            "has no splits of its own: give split=train or split=test together with hold_out",
+            "has no splits of its own: give --split train or --split test together with --hold-out N",
         ),
         ({"hold_out": 2}, "has no splits of its own"),
-        ({"split": "valid", "hold_out": 2}, "split must be train or test, got 'valid'"),
-        ({"split": "test", "hold_out": 4}, "hold_out must lie between 0 and the 4 pictures of .*, got 4"),
+        ({"split": "valid", "hold_out": 2}, "--split must be train or test, got 'valid'"),
+        ({"split": "test", "hold_out": 4}, "--hold-out must lie between 0 and the 4 pictures of .*, got 4"),
     ):
         with pytest.raises(ValueError, match=message):
             prepare(source, tmp_path / "out.zip", resolution=16, **options, **QUIET)
