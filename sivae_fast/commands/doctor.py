@@ -50,8 +50,10 @@ def doctor(
     """The findings, one after the other, the same on every rank; a collective call.
 
     config_path, overrides: the configuration that is to be trained; without it only what does not depend on
-    one is looked at. timeout: seconds to wait for other ranks.
+    one is looked at. timeout: seconds to wait for other ranks. Raises ValueError for overrides of nothing.
     """
+    if overrides and not config_path:
+        raise ValueError(f"{' '.join(overrides)}: overrides change a configuration, give it as --config FILE")
     # Before the ranks are connected: processes that import DeepSpeed later may abort when they end.
     plan = attempt(_plan, config_path, overrides) if config_path else None
     with connected(timeout) as trouble:

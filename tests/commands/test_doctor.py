@@ -83,6 +83,15 @@ def test_without_a_configuration_only_the_environment():
     assert [f.check for f in doctor()] == ["ranks", "versions", "devices", "clocks", "reduction"]
 
 
+def test_overrides_are_not_ignored_where_no_configuration_is_given(tmp_path, capsys):
+    assert cli.main(["doctor", "data.path=/nope", "train.batch=-3"]) == 1
+    assert capsys.readouterr().err == (
+        "error: data.path=/nope train.batch=-3: overrides change a configuration, give it as --config FILE\n"
+    )
+    by_check, codes = over_ranks([tmp_path / "a", tmp_path / "b"], "data.path=/nope")  # of the quickstart
+    assert codes == [1, 1] and "/nope" in by_check["data"][1]
+
+
 @pytest.mark.parametrize(
     "override, check, words",
     [
