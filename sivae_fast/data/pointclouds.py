@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,8 +19,11 @@ from sivae_fast.data.held import Held
 from sivae_fast.data.ply import read_ply
 from sivae_fast.draws import Draws
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "validation", "test")
 MADE = 2000
+RADIUS = 0.5  # of the ball that models, their settings and the measures are made for
 
 #: Folder names of ShapeNetCore that have a common name in the literature on point clouds.
 SYNSETS = {
@@ -63,7 +67,7 @@ def load_clouds(
     Raises ValueError for an unknown split or class, a path that is none of these, coordinates that are not
     finite, and, unless `resample`, clouds of another size. `resample` draws points at random (with repetition
     where a cloud has too few), the same ones in every run. Raises ImportError where h5py is needed and
-    missing.
+    missing. Clouds that reach out of the ball of radius `RADIUS` are loaded with a warning.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: accepted are {', '.join(SPLITS)}")
@@ -75,7 +79,14 @@ def load_clouds(
             labels.append(label)
     if not clouds:
         raise ValueError(f"data.path={path}: no clouds in its {split} split")
-    return Clouds(torch.from_numpy(np.stack(clouds)), torch.tensor(labels), names)
+    found = Clouds(torch.from_numpy(np.stack(clouds)), torch.tensor(labels), names)
+    farthest = found.points.norm(dim=2).max().item()
+    if farthest > 1.01 * RADIUS:
+        log.warning(
+            "data.path=%s: points lie up to %.4g from the origin, clouds should lie in a ball of radius %g: "
+            "scale them", path, farthest, RADIUS,
+        )  # fmt: skip
+    return found
 
 
 Group = list[tuple[str, np.ndarray]]  # (where a cloud comes from, its points [n, 3])
@@ -127,7 +138,9 @@ def _read_npy(path, split: str, classes: tuple[str, ...], points: int) -> Groups
         raise ValueError(f"{path}: not a .npy array of numbers: {error}") from error
     if clouds.ndim != 3 or clouds.shape[2] != 3:
         raise ValueError(f"{path} holds {list(clouds.shape)}: accepted is [n, points, 3]")
-    names = _chosen(classes, (Path(path).stem,), path)
+    names = (Path(path).stem,)
+    if set(classes) - set(names):
+        raise ValueError(f"data.classes={list(classes)}: {path} is an array without classes, accepted is []")
     return [[(f"{path}[{i}]", clouds[i]) for i in _part(range(len(clouds)), split)]], names
 
 
@@ -174,8 +187,8 @@ def _checked(cloud: np.ndarray, where: str, points: int, resample: bool) -> np.n
     cloud = finite(cloud, where, points)
     if len(cloud) != points and not resample:
         raise ValueError(
-            f"{where} has {len(cloud)} points, data.points={points} accepts that many: change it, or draw "
-            "as many from every cloud with data.resample=true"
+            f"{where} has {len(cloud)} points, accepted are {points}: train with data.points={len(cloud)} "
+            f"and model.points={len(cloud)}, or with data.resample=true, which draws from clouds of any size"
         )
     return resampled(cloud, points)
 

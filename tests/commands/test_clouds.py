@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_named(runs, tmp_path, capsys, monkeypatch):
         (["--features", "random"], "--features random: model.kind is pointnet"),
         (["--samples", "3"], "--samples is for --ood and for --metrics log_likelihood"),
         (["--data", "gone.npy"], "gone.npy does not exist: give data=PATH (--data PATH)"),
-        (["--data", str(tmp_path / "small.npy")], "small.npy[36] has 9 points, data.points=20 accepts that"),
+        (["--data", str(tmp_path / "small.npy")], "small.npy[36] has 9 points, accepted are 20: train with"),
     ]:
         before = read_metrics(runs.clouds)
         assert main(["evaluate", str(runs.clouds), *arguments]) == 1
@@ -232,7 +232,7 @@ def test_clouds_between_clouds(run, runs, tmp_path, capsys, test_clouds):
             "goes from one cloud to another: give 2 or more, got 1",
         ),
         (["interpolate", "one.npy", "one.npy", "one.npy"], "between 2 or 4 clouds, got 3"),
-        (["mix"], "mix=coarse: this model is of kind pointnet, styles need style"),
+        (["mix"], "model.kind is pointnet: this takes style models"),
         (["translate"], "model.kind is pointnet: this takes two_encoder models"),
     ],
 )

@@ -154,12 +154,32 @@ def test_array(tmp_path):
     np.save(tmp_path / "flat.npy", np.zeros((4, 3)))
     with pytest.raises(ValueError, match=r"\[4, 3\]: accepted is \[n, points, 3\]"):
         load_clouds(tmp_path / "flat.npy")
+    assert load_clouds(tmp_path / "mine.npy", points=5, classes=("mine",)).names == ("mine",)
+    with pytest.raises(
+        ValueError, match=r"data\.classes=\['chair'\]: .*mine\.npy is an array without classes"
+    ):
+        load_clouds(tmp_path / "mine.npy", points=5, classes=("chair",))
+
+
+def test_clouds_out_of_the_ball_are_warned_of_once(tmp_path, caplog):
+    clouds = np.zeros((20, 5, 3), np.float32)
+    clouds[3, 2] = 0.3, 0.0, 0.4
+    np.save(tmp_path / "a.npy", clouds)
+    load_clouds(tmp_path / "a.npy", points=5)
+    assert not caplog.messages
+    np.save(tmp_path / "a.npy", 1000 * clouds)
+    load_clouds(tmp_path / "a.npy", points=5)
+    (message,) = caplog.messages
+    assert "a.npy: points lie up to 500 from the origin, clouds should lie in a ball of radius 0.5" in message
 
 
 def test_wrong_number_of_points(tmp_path):
     clouds = np.arange(60, dtype=np.float32).reshape(2, 10, 3)
     np.save(tmp_path / "a.npy", clouds)
-    with pytest.raises(ValueError, match=r"a\.npy\[0\] has 10 points, data\.points=6 .* data\.resample=true"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.npy\[0\] has 10 points, accepted are 6: train with data\.points=10 .*resample=true",
+    ):
         load_clouds(tmp_path / "a.npy", points=6)
     for points in (6, 25):
         got = load_clouds(tmp_path / "a.npy", points=points, resample=True).points[0]
