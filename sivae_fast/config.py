@@ -5,7 +5,6 @@ Every error names the key, the value and what is accepted; an unknown key is ans
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -14,6 +13,8 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sivae_fast.explaining import explain, explain_yaml
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -383,10 +384,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}. Give the path of a YAML file") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path}: not a text. Give the path of a YAML file") from None
     try:
         values = yaml.load(text, Loader=_Loader) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+        raise ConfigError(f"--config {path}: not valid YAML: {explain_yaml(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(
             f"--config {path}: must hold sections such as `train:`, got {type(values).__name__}"
@@ -401,7 +404,7 @@ def make_config(values: dict) -> Config:
     try:
         return Config.model_validate(_tuples(_with_kinds(values)))
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error, make_kinds(), known_keys())) from None
 
 
 def _last_part(path: str) -> str:
@@ -430,7 +433,7 @@ def _apply(values: dict, override: str) -> None:
     try:
         place[last] = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={text}: not a valid value: {error}") from error
+        raise ConfigError(f"{key}={text}: not a valid value: {explain_yaml(error)}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -450,32 +453,6 @@ def _tuples(value):
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return value
-
-
-def _explain(error: ValidationError) -> str:
-    """One line for each key that is wrong."""
-    lines: dict[str, str] = {}
-    for item in error.errors():
-        key = _key_of(item["loc"])
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-            lines[key] = f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else "")
-        elif item["type"] == "value_error":
-            lines[key] = str(item["ctx"]["error"])
-        else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            lines[key] = (
-                f"{lines[key]}, or {message}" if key in lines else f"{key}={item['input']!r}: {message}"
-            )
-    return "\n".join(lines.values())
-
-
-def _key_of(location: tuple) -> str:
-    """`section.key` of an error; the parts that name a branch of a union are left out."""
-    section, *rest = [str(part) for part in location] or [""]
-    values = make_kinds().get(section, ())
-    names = [part for part in rest if part not in values and part.isidentifier()]
-    return ".".join([section, *names[:1]]) if section else ""
 
 
 def make_kinds() -> dict[str, tuple[str, ...]]:

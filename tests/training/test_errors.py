@@ -34,11 +34,18 @@ def test_every_shipped_config_is_valid(path):
     [
         ("train.bach=3", "train.bach: unknown key, did you mean train.batch?"),
         ("modell.kind=style", "modell: unknown key, did you mean model?"),
-        ("train.batch=-4", "train.batch=-4: input should be greater than 0"),
-        ("train.batch=many", "train.batch='many': input should be a valid integer"),
+        ("train.batch=-4", "train.batch=-4: input should be greater than 0, or a list, or 'auto'"),
+        ("train.batch=many", "train.batch='many': input should be a valid integer, or a list, or 'auto'"),
+        ("train.batch=[4,-1]", "train.batch[1]=-1: input should be greater than 0"),
+        ("objective.beta_neg=-1", "beta_neg=-1: input should be greater than or equal to 0, or a list"),
+        ("optim.betas=[0.9]", "optim.betas=[0.9]: the list is too short"),
+        ("evaluate.metrics=[]", "evaluate.metrics=[]: the list should have at least 1 item, not 0"),
+        ("train=3", "train=3: input should be a section"),
+        ("data.classes=[chair]", "data.classes: data.kind=images has no such option"),
+        ("train.batch=[1", "train.batch=[1: not a valid value: expected ',' or ']'"),
         ("train.precision=fp16", "train.precision='fp16': input should be 'fp32' or 'bf16'"),
         ("model.resolution=100", "model.resolution=100: input should be 8, 16, 32"),
-        ("model.kind=gan", "does not match any of the expected tags: 'style', 'residual', 'mlp'"),
+        ("model.kind=gan", "model.kind=gan: accepted are style, residual, mlp, pointnet, two_encoder"),
         ("objective.kind=introvae", "objective.margin is missing"),
         ("objective.beta_rec=-1", "objective.beta_rec=-1: input should be greater than or equal to 0"),
         ("objective.beta_rec=.nan", "objective.beta_rec=nan: input should be"),
@@ -50,6 +57,21 @@ def test_wrong_settings_name_the_key_and_what_is_accepted(override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(ROOT / "launch" / "configs" / "quickstart.yaml", [override])
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"# A page\n\nof text: with `code` and\n- more\n", "not valid YAML: .*, line [0-9]+$"),
+        (b"\x89PNG\r\n", "not a text. Give the path of a YAML file"),
+        (b"only words", "must hold sections such as `train:`, got str"),
+    ],
+)
+def test_a_config_that_is_no_yaml_gets_one_line(tmp_path, content, message):
+    (tmp_path / "page.md").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^--config .*page\.md: {message}"):
+        load_config(tmp_path / "page.md")
 
 
 def test_numbers_may_be_written_with_exponents():
