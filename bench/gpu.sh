@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: the tests marked gpu, then the benches. Results go into a folder.
 #
-#     bench/gpu.sh RESULTS
+#     bench/gpu.sh RESULTS            everything
+#     bench/gpu.sh RESULTS step small     some of: tests losses chains step small profile memory chamfer
+#
+# RESOLUTION (256) is that of step, profile and memory, BATCHES ("8 16 32 64") are those of step.
 #
 # Needs PyTorch with Triton, NumPy, safetensors, pydantic, PyYAML, Pillow, pytest, pytest-benchmark and hypothesis;
 # without matplotlib there are no pictures. Without a GPU the same benches run on the CPU.
 set -uo pipefail
 out=$(mkdir -p "${1:?the folder of the results}" && cd "$1" && pwd)
+parts=" ${*:2} "
+for part in "${@:2}"; do
+  [[ " tests losses chains step small profile memory chamfer " = *" $part "* ]] && continue
+  echo "error: $part is no part, see the head of $0" >&2
+  exit 2
+done
 cd "$(dirname "$0")/.."
 python3 -c "import sivae_fast.kernels" 2>/dev/null || python3 -m pip install -q --no-deps --no-build-isolation -e . || exit 1
 python3 -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU')" \
@@ -14,6 +23,7 @@ python3 -c "import torch; print(torch.__version__, torch.cuda.get_device_name() 
 device=$(python3 -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 failed=0
 run() { # NAME COMMAND...: keeps the output, goes on after a failure
+  [ "$parts" = "  " ] || [[ $parts = *" $1 "* ]] || return
   echo "== $1"
   "${@:2}" 2>&1 | tee "$out/$1.txt"
   local code=${PIPESTATUS[0]}
