@@ -64,7 +64,7 @@ def _loader(found: dict, kind: str) -> str:
     ratio = found["ratios"][f"{kind}: DALI / DataLoader (processes)"]
     return (
         f"**{ratio['cpu']:.2f}** times the images per core second ({ours:.0f} against {theirs:.0f}); "
-        f"{ratio['wall']:.2f} times in wall time on {found['cores']} CPU cores"
+        f"{ratio['wall']:.2f} times in wall time on {found['machine']['cores']} CPU cores"
     )
 
 
