@@ -88,6 +88,19 @@ def make_data(config: Config, device: torch.device, *, show: bool = True):
     return _factors(config, device)
 
 
+def check_batch(config: Config, batch: int) -> None:
+    """Raises ConfigError for a global batch that the data cannot fill."""
+    if config.data.kind != "density":
+        return
+    from sivae_fast.data.densities import Density
+
+    density = Density(config.data.name)
+    try:
+        density.sample(batch)
+    except ValueError as error:
+        raise ConfigError(f"train.batch={batch}: {error}") from None
+
+
 def _factors(config: Config, device: torch.device):
     from sivae_fast.data.factors import FactorImages, load_factors
 

@@ -39,7 +39,7 @@ def _twenty_five_gaussians(stream: Stream, images: int) -> Tensor:
 def _two_spirals(stream: Stream, images: int) -> Tensor:
     total = len(stream.rows)
     if total % 2:
-        raise ValueError(f"2spirals fills one arm with each half of a batch: batch size {total} must be even")
+        raise ValueError(f"2spirals fills one arm with each half of a batch: {total} must be even")
     u = stream.uniform(total, 3)[: total // 2]
     t = 3 * math.pi * u[:, 0].sqrt()
     arm = torch.stack((-t * t.cos() + 0.5 * u[:, 1], t * t.sin() + 0.5 * u[:, 2]), 1) / 3
@@ -56,9 +56,7 @@ def _checkerboard(stream: Stream, images: int) -> Tensor:
 def _rings(stream: Stream, images: int) -> Tensor:
     total = len(stream.rows)
     if total < 4:
-        raise ValueError(
-            f"rings places a quarter of a batch on each circle: batch size {total} must be at least 4"
-        )
+        raise ValueError(f"rings places a quarter of a batch on each circle: {total} must be at least 4")
     quarter = total // 4
     index = (total * stream.uniform(total)).floor().clamp(max=total - 1)
     ring = (index / quarter).floor().clamp(max=3)

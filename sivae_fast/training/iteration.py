@@ -10,7 +10,7 @@ from torch import Tensor
 from sivae_fast.config import Config, ConfigError
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.growth import Schedule, Stage
-from sivae_fast.systems import error_function, make_model, make_objective
+from sivae_fast.systems import check_batch, error_function, make_model, make_objective
 from sivae_fast.training.averaging import Average
 from sivae_fast.training.compiling import compile_networks
 from sivae_fast.training.engine import make_engine
@@ -129,7 +129,7 @@ def _mean(loss: Tensor, parts: list) -> Tensor:
 
 def check_batches(config: Config, schedule: Schedule, world: int) -> None:
     """Raises ConfigError where a level's global batch does not divide over ranks and micro-batches, or not in
-    pairs. What is still to be found is passed over."""
+    pairs, or cannot be filled by the data. What is still to be found is passed over."""
     for stage in schedule.stages():
         batch = stage.batch
         if batch == "auto":
@@ -139,6 +139,7 @@ def check_batches(config: Config, schedule: Schedule, world: int) -> None:
                 f"train.batch={batch} (level {stage.lod}) does not divide over {world} ranks: "
                 f"use a multiple of {world}, e.g. {-(-batch // world) * world}"
             )
+        check_batch(config, batch)
         images = batch // world // (stage.pieces(world) if stage.micro_batch != "auto" else 1)
         if getattr(config.model, "swapped_fakes", False) and images % 2:
             raise ConfigError(
