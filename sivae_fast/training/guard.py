@@ -26,11 +26,13 @@ class Diverged(RuntimeError):
 
 
 class Guard:
-    """The judge of ticks. `skipped`: images of the endless sequence that were left out so far."""
+    """The judge of ticks. `skipped`: images of the endless sequence that were left out so far; `checkpoint`:
+    those seen at the newest checkpoint, None before the first."""
 
     def __init__(self, config: Config):
         self._config = config
         self.skipped = 0
+        self.checkpoint: int | None = None
         self._returns = 0  # to the same checkpoint
         self._ticks: list[dict[str, float]] = []
 
@@ -38,7 +40,7 @@ class Guard:
         """Raises Diverged where one of the means is not finite."""
         wrong = first_not_finite(values)
         if wrong:
-            raise Diverged(_advice(f"{wrong} is not finite", lod, images, self._config))
+            raise Diverged(self._advice(f"{wrong} is not finite", values, lod, images))
 
     def check_tick(self, values: dict[str, float], lod: int, images: int) -> None:
         """Raises Diverged where a whole tick is a spike; else it becomes part of the median."""
@@ -47,7 +49,7 @@ class Guard:
             usual = median(tick[name] for tick in self._ticks)
             if values[name] > spike * usual:
                 rise = f"{name} rose to {values[name]:.4g}, more than guard.spike={spike} times {usual:.4g}"
-                raise Diverged(_advice(rise, lod, images, self._config))
+                raise Diverged(self._advice(rise, values, lod, images))
         self._ticks = [*self._ticks, {name: values[name] for name in WATCHED}][-TICKS:]
 
     def new_level(self) -> None:
@@ -69,12 +71,21 @@ class Guard:
     def restore(self, state: dict) -> None:
         self.skipped, self._ticks = state["skipped"], state["ticks"]
 
-
-def _advice(what: str, lod: int, images: int, config: Config) -> str:
-    return (
-        f"training diverged: {what} at level {lod} ({4 << lod} pixels), after {images:,} "
-        f"images (beta_neg {config.objective.beta_neg}). The last checkpoint is from before. What "
-        "helps, in this order: a higher objective.beta_neg (a weaker push against fakes); a longer "
-        "train.warmup_images; a lower optim.learning_rate; beta_rec = beta_kl = 1 with beta_neg near the "
-        "latent size to start from. guard.rollbacks=N goes back by itself and leaves these images out"
-    )
+    def _advice(self, what: str, values: dict[str, float], lod: int, images: int) -> str:
+        """The first sentence says what happened, the others what to do."""
+        where = f"at level {lod} ({4 << lod} pixels), after {images:,} images"
+        back = "There is no checkpoint yet"
+        if self.checkpoint is not None:
+            back = f"The checkpoint at {self.checkpoint:,} images is from before: guard.rollbacks=N goes "
+            back += "back to such a one by itself and leaves the images since out"
+        if "loss_encoder" not in values:  # encoder and decoder have not played against each other yet
+            return (
+                f"training diverged: {what} {where}, as a plain VAE. What helps is a lower "
+                f"optim.learning_rate; objective.beta_neg plays no part there. {back}"
+            )
+        return (
+            f"training diverged: {what} {where} (beta_neg {self._config.objective.beta_neg}). What helps, in "
+            "this order: a higher objective.beta_neg (a weaker push against fakes); a longer "
+            "train.warmup_images; a lower optim.learning_rate; beta_rec = beta_kl = 1 with beta_neg near the "
+            f"latent size to start from. {back}"
+        )

@@ -182,14 +182,14 @@ class Recorder:
         tensors, state = trainer.checkpoint(planned)
         if planned:
             trainer.guard.saved()
-        if self._run is None:
-            return
         try:
-            save_checkpoint(self.checkpoints, trainer.images, tensors, state, trainer.config.run.keep)
-            self._unsaved = None
+            if self._run:
+                save_checkpoint(self.checkpoints, trainer.images, tensors, state, trainer.config.run.keep)
+            trainer.guard.checkpoint, self._unsaved = trainer.images, None
         except OSError as error:
-            self._unsaved = error
-            logger.error("checkpoint at %s images not saved: %s; older ones are whole", trainer.images, error)
+            self._unsaved, before = error, trainer.guard.checkpoint
+            kept = "there is none before" if before is None else f"the one at {before} images is whole"
+            logger.error("checkpoint at %s images not saved: %s; %s", trainer.images, error, kept)
 
     def _save_snapshot(self) -> None:
         trainer = self._trainer

@@ -72,6 +72,7 @@ def restore(trainer, planned: bool = False) -> bool:
     trainer.recorder.marks = state["marks"]
     if "guard" in state:  # not in checkpoints of earlier versions and of `convert`
         trainer.guard.restore(state["guard"])
+    trainer.guard.checkpoint = trainer.images
     for key, before in state.get("facts", {}).items():
         if trainer.facts.get(key) != before:
             logger.warning("%s changed since the checkpoint: %s, was %s", key, trainer.facts.get(key), before)

@@ -135,8 +135,22 @@ def test_rollback_takes_the_checkpoint_of_a_stop_where_there_is_no_other(trainin
 
 def test_divergence_before_any_checkpoint_stops(training, spoilt):
     spoilt(16, float("nan"))
-    with pytest.raises(Diverged, match="not finite"):
+    with pytest.raises(Diverged, match=r"not finite .*\. There is no checkpoint yet$"):
         training("early", guard__rollbacks=5)
+
+
+def test_advice_fits_the_phase_and_the_checkpoints(training, spoilt):
+    spoilt(80, float("nan"))
+    with pytest.raises(Diverged, match=r"higher objective\.beta_neg .* The checkpoint at 64 images is from"):
+        training("game", run__checkpoint=32)
+    with pytest.raises(
+        Diverged, match=r"as a plain VAE\. What helps is a lower optim\.learning_rate"
+    ) as error:
+        training("warmup", train__warmup_images=160)
+    assert "higher" not in str(error.value)
+    training("resumed", train__images=80)
+    with pytest.raises(Diverged, match="The checkpoint at 80 images is from before"):
+        training("resumed", train__images=160)
 
 
 def test_spike_goes_back(training, spoilt, caplog):
@@ -234,6 +248,13 @@ def test_a_last_state_that_cannot_be_saved_is_an_error(training, monkeypatch, ca
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         training("run", train__images=80)
+    assert "No space left on device; the one at 32 images is whole" in caplog.text
+    assert "; there is none before" not in caplog.text
+    with pytest.raises(OSError, match="No space left"):
+        training("first", train__images=32)
+    assert "checkpoint at 32 images not saved: [Errno 28] No space left on device; there is none before" in (
+        caplog.text
+    )
     for what in ("checkpoint at 64 images not saved", "checkpoint at 80 images not saved", "snapshot at 80"):
         assert what in caplog.text
 
