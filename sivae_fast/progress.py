@@ -57,7 +57,7 @@ class Progress:
         left = duration((self.goal - images) / rate) if rate > 0 else "unknown"
         parts = [
             f"{images:,}/{self.goal:,} images",
-            f"{100 * images / max(self.goal, 1):.0f}%",
+            f"{min(100 * images / max(self.goal, 1), 100):.0f}%",  # the last batch may go beyond the goal
             f"{rate:.1f} images/s",
             f"step {1e3 * step_seconds:.0f} ms",
             f"data {1e3 * data_seconds:.0f} ms",

@@ -21,6 +21,10 @@ def test_plain_output_has_tick_lines_only():
     assert "step 50 ms  data 10 ms  memory 1.0 GiB" in line
 
 
+def test_a_last_batch_that_goes_beyond_the_goal_is_no_more_than_the_whole():
+    assert Progress(200).text(208, 10.0, 0.0, 0.0, 0).startswith("208/200 images  100%")
+
+
 def test_a_terminal_line_is_rewritten_not_too_often_and_ended():
     stream = Terminal()
     progress = Progress(1000, stream=stream, interval=60)
