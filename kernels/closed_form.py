@@ -184,7 +184,8 @@ def _columns(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
     Kept with the tensor until it changes: making them is a tenth of a small phase.
     """
-    if weights.is_inference():  # has no version
+    # One has no version; on the other a captured graph would go on with the columns of its capture.
+    if weights.is_inference() or weights.is_cuda:
         return _as(dtype, weights).unsqueeze(2).unbind()
     state = id(weights), weights._version, dtype  # a copy of a tensor inherits what is kept with it
     kept = getattr(weights, "_columns", None)
