@@ -262,7 +262,10 @@ def test_two_writers_of_one_set_are_kept_apart(tmp_path):
         (None, "there is no source at .*in"),
         ({}, r"no pictures in .*in \(0 other files\)"),
         ({"a.txt": b"x", "b.csv": b"y"}, r"no pictures in .*in \(2 other files\)"),
-        ({"a.png": b"x", "b.csv": b"y"}, "none of the 2 files in .* is a readable picture"),
+        (
+            {"a.png": b"x", "b.csv": b"y"},
+            "none of the 2 files in .* is a readable picture, for example a.png: not a p",
+        ),
         ({"a.png": encoded(picture(0)), "dataset.json": b"[1]"}, r"dataset\.json .* holds no list"),
     ],
 )
