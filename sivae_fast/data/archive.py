@@ -196,12 +196,13 @@ class ImageSet:
         side, channels, problem = None, 1, None
         for index in self._spread():
             try:
-                with Image.open(io.BytesIO(self.read(index))) as image:
-                    side = side or image.size[0]
-                    self._check_header(index, image, side)
-                    channels = max(channels, STORED_MODES[image.mode])
+                image = Image.open(io.BytesIO(self.read(index)))
             except _DECODE_ERRORS as error:
                 problem = problem or self._corrupt(index, error)
+                continue
+            side = side or image.size[0]
+            self._check_header(index, image, side)
+            channels = max(channels, STORED_MODES[image.mode])
         if problem and not (damaged and side):
             raise problem
         if not any_size and (side < 4 or side & (side - 1)):

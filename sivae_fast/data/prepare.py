@@ -176,7 +176,8 @@ def _check_skipped(skipped: list, pictures: Source, allow_bad: float, source: Pa
     files = len(pictures.names) + len(pictures.others)
     if len(skipped) == files:
         raise ValueError(
-            f"none of the {files} files in {source} is a readable picture, for example {': '.join(skipped[0])}"
+            f"none of the {files} files in {source} is a readable picture, for example "
+            f"{': '.join(skipped[0])}"
         )
     if len(skipped) > allow_bad * files:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:20])

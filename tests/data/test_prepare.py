@@ -319,6 +319,12 @@ def test_all_damaged_images_are_named_also_those_that_are_met_when_the_set_is_op
     assert "img00000007.png" in third and "cannot be decoded" in third
 
 
+def test_what_is_no_set_is_not_listed_file_by_file(tmp_path):
+    source = write_folder(tmp_path / "in", pictures())
+    with pytest.raises(ValueError, match=r"^a/0\.png of .* is not square"):
+        check_set(source, progress=False)
+
+
 def test_the_verdict_on_a_whole_set_says_what_was_compared(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     source = write_folder(tmp_path / "in", pictures())
