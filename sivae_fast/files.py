@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,26 +17,65 @@ from typing import IO, Any
 def atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path` that takes its place only when the block ends without an error.
 
-    The data are on the disk before the name changes hands, so a crash leaves the old file or the new one.
-    Raises OSError when the folder is missing, not writable or full; the old file is then unchanged.
+    The folder is made where it is missing. The data are on the disk before the name changes hands, so a crash
+    leaves the old file or the new one. Raises OSError, naming `path`, where the folder cannot be made or
+    written or is full, and for what exists and is no plain file; what was there is then unchanged.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
     path = Path(path)
+    if path.exists() and not path.is_file():  # to replace /dev/null would be a pity
+        raise FileExistsError(f"{path} is there already and no plain file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _told_of(path, temporary):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def filling(folder: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` only when the block ends without an error.
+
+    `folder` is made where it is missing; files of other names stay in it. Raises OSError, naming `folder`,
+    where it cannot be made or written or is full; it is then as it was.
+    """
+    folder = Path(folder)
+    temporary = folder / f".{os.getpid()}.tmp"  # inside: the folder may be a file system of its own
+    missing = not folder.exists()
+    with _told_of(folder, temporary):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in sorted(temporary.iterdir()):
+                os.replace(path, folder / path.name)
+            _sync_folder(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # unless there is something in it
+
+
+@contextlib.contextmanager
+def _told_of(path: Path, temporary: Path) -> Iterator[None]:
+    """Errors of `temporary` become errors of `path`, the name that was asked for."""
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = "the previous file is unchanged" if path.exists() else "nothing was written"
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = "the previous file is unchanged" if path.is_file() else "nothing was written"
             raise OSError(error.errno, f"no space left on the disk while writing {path}; {what}") from error
+        if str(error.filename).startswith(str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -16,7 +16,7 @@ from sivae_fast.data.parallel import progress_bar
 from sivae_fast.evaluation import fid, likelihood, reconstruction
 from sivae_fast.evaluation.features import Features
 from sivae_fast.evaluation.sharing import gather, rank, share, summed
-from sivae_fast.files import write_text
+from sivae_fast.files import filling, write_text
 from sivae_fast.inference import Inference
 from sivae_fast.run import append_metric
 
@@ -131,11 +131,11 @@ def detect_others(
 
 
 def _write(folder: Path, result: dict, scored: Mapping[str, Mapping[str, Tensor]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "ood.json", json.dumps(result, indent=1) + "\n")
     values = {name: -scores["log_likelihood"] for name, scores in scored.items()}
     title = f"log-likelihood of {result['images']:,} images' training, S = {result['samples']}"
-    likelihood.save_histogram(folder / "ood.png", values, title)
+    with filling(folder) as place:
+        write_text(place / "ood.json", json.dumps(result, indent=1) + "\n")
+        likelihood.save_histogram(place / "ood.png", values, title)
 
 
 class RealImages:

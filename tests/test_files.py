@@ -34,6 +34,50 @@ def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
+def test_a_folder_gets_all_files_or_none(tmp_path, monkeypatch):
+    folder = tmp_path / "new" / "folder"
+    with files.filling(folder) as place:
+        files.write_text(place / "a.txt", "a")
+        assert not (folder / "a.txt").exists()
+    for mistake in (RuntimeError("stop"), OSError(errno.ENOSPC, "No space left on device")):
+        with pytest.raises(type(mistake)) as caught, files.filling(folder) as place:
+            files.write_text(place / "a.txt", "b")
+            files.write_text(place / "b.txt", "b")
+            raise mistake
+        assert os.listdir(folder) == ["a.txt"] and (folder / "a.txt").read_text() == "a"
+    full = f"no space left on the disk while writing {folder}; nothing was written"
+    assert caught.value.strerror == full
+    with pytest.raises(RuntimeError, match="stop"), files.filling(tmp_path / "other") as place:
+        files.write_text(place / "a.txt", "a")
+        raise RuntimeError("stop")
+    assert not (tmp_path / "other").exists()
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.txt"
+    files.write_text(path, "the folder is made")
+
+    def refuse(name, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(name))
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)  # root may write everywhere
+    with pytest.raises(PermissionError) as caught:
+        files.write_text(path, "b")
+    assert str(caught.value) == f"[Errno 13] Permission denied: '{path}'"
+    monkeypatch.setattr(files.Path, "mkdir", refuse)
+    with pytest.raises(PermissionError) as caught, files.filling(path.parent):
+        pass
+    assert str(caught.value) == f"[Errno 13] Permission denied: '{path.parent}'"
+
+
+def test_only_plain_files_are_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(FileExistsError, match=f"{path.name} is there already and no plain file"):
+            files.write_text(path, "a")
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
 def test_the_name_changes_hands_only_at_the_end(tmp_path):
     path = tmp_path / "a.txt"
     with files.atomic(path, "w") as file:

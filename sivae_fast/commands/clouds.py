@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sivae_fast.commands.pictures import SPACES, between, positive, writable
+from sivae_fast.commands.pictures import SPACES, between, named, positive
 from sivae_fast.data.ply import write_ply
 from sivae_fast.evaluation.mitsuba import write_scene
 from sivae_fast.evaluation.pointcloud_figures import animate, draw_clouds
-from sivae_fast.files import write_bytes
+from sivae_fast.files import filling, write_bytes
 from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.kernels.chamfer import chamfer
 
@@ -39,7 +39,7 @@ def sample(
 
     count: None is 1 for what holds one cloud, else 64. truncation is for style models.
     """
-    out = _file(out)
+    out = named(out, *MANY, *SINGLE, folder=True)
     run.style_options("truncation", truncation, 1.0)
     count = (1 if out.suffix in SINGLE else 64) if count is None else count
     positive(count=count, columns=1 if columns is None else columns)
@@ -67,7 +67,7 @@ def reconstruct(
     A .png shows the clouds above their reconstructions; other names as of `sample`, without the clouds.
     Returns the mean Chamfer distance, with means over the points as in the measures.
     """
-    out = _file(out)
+    out = named(out, *MANY, *SINGLE, folder=True)
     count = (1 if out.suffix in SINGLE else 16) if count is None else count
     positive(count=count, columns=columns)
     clouds = run.read(files, resize) if files else run.own_clouds(count, seed)
@@ -104,9 +104,7 @@ def interpolate(
         raise ValueError(f"space is {space!r}, must be one of {', '.join(SPACES)}")
     run.style_options("space", space, "z")
     positive(milliseconds=milliseconds)
-    out = writable(out)
-    if out.suffix not in (".png", ".gif", ".mp4", ".npy"):
-        raise ValueError(f"{out}: a name ending in .png, .gif, .mp4 or .npy is needed")
+    out = named(out, ".png", ".gif", ".mp4", ".npy")
     grid = out.suffix == ".png"
     ends = run.encode(run.read(files, resize)) if files else run.prior(4 if grid else 5, seed)
     if grid and len(ends) not in (2, 4):
@@ -132,13 +130,6 @@ def along(ends: Tensor, steps: int) -> Tensor:
     return torch.lerp(ends[before], ends[before + 1], share)
 
 
-def _file(out: str | os.PathLike) -> Path:
-    path = writable(out)
-    if path.suffix and path.suffix not in (*SINGLE, *MANY):
-        raise ValueError(f"{path}: a name ending in {', '.join((*MANY, *SINGLE))} or a folder is needed")
-    return path
-
-
 def _write(out: Path, clouds: Tensor) -> None:
     if out.suffix in SINGLE and len(clouds) != 1:
         raise ValueError(f"{out} holds one cloud, got {len(clouds)}: give a folder or a .npy name for more")
@@ -152,6 +143,6 @@ def _write(out: Path, clouds: Tensor) -> None:
     elif out.suffix == ".xml":
         write_scene(out, clouds[0])
     else:
-        out.mkdir(exist_ok=True)
-        for number, cloud in enumerate(points):
-            write_ply(out / f"{number:06d}.ply", cloud)
+        with filling(out) as folder:
+            for number, cloud in enumerate(points):
+                write_ply(folder / f"{number:06d}.ply", cloud)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from sivae_fast.evaluation import reconstruction
 from sivae_fast.figures import save_animation, save_grid, save_image
+from sivae_fast.files import filling
 from sivae_fast.inference import Inference
+from sivae_fast.trained import check_kind
 
 SPACES = ("z", "w")
 
@@ -29,7 +32,8 @@ def sample(
     truncation: float = 1.0,
     columns: int | None = None,
 ) -> Path:
-    """Samples of the prior: one grid where `out` ends in .png, else `count` single files in the folder `out`.
+    """Samples of the prior: one grid where `out` ends in .png, `count` single files in the folder `out` where
+    it has no ending. The folder gets all of them or, after an error, none.
 
     truncation below 1 pulls the coarse styles towards the average one (style models).
     """
@@ -38,16 +42,14 @@ def sample(
         raise ValueError(
             f"truncation is {truncation}, must be 0 or more: 1 changes nothing, 0 is the average"
         )
-    out = writable(out)
+    out = named(out, ".png", folder=True)
     if out.suffix == ".png":
         save_grid(out, _rows(run.sample(count, seed, truncation), columns))
         return out
-    out.mkdir(exist_ok=True)
-    number = 0
-    for images in run.decoded(run.prior(count, seed), seed, truncation):
-        for image in images:
-            save_image(out / f"{number:06d}.png", image)
-            number += 1
+    with filling(out) as folder:
+        batches = run.decoded(run.prior(count, seed), seed, truncation)
+        for number, image in enumerate(itertools.chain.from_iterable(batches)):
+            save_image(folder / f"{number:06d}.png", image)
     return out
 
 
@@ -66,7 +68,7 @@ def reconstruct(
     Returns the mean MSE, PSNR and (from 11 pixels on) SSIM of pixels in [0, 1].
     """
     positive(count=count, columns=columns)
-    out = png(out)
+    out = named(out, ".png")
     images = run.read(pictures, count, resize) if pictures else run.own_images(count, seed)
     rec = run.reconstruct(images, seed)
     images = run.to_pixels(run.to_input(images))  # what the model saw: growing models, at their level
@@ -99,9 +101,7 @@ def interpolate(
         raise ValueError(f"steps is {steps}, must be at least 2")
     if space not in SPACES:
         raise ValueError(f"space is {space!r}, must be one of {', '.join(SPACES)}")
-    out = writable(out)
-    if out.suffix not in (".png", ".gif", ".mp4"):
-        raise ValueError(f"{out}: a name ending in .png, .gif or .mp4 is needed")
+    out = named(out, ".png", ".gif", ".mp4")
     positive(milliseconds=milliseconds)
     moving = out.suffix != ".png"
     ends = _ends(run, pictures, moving, seed, resize)
@@ -129,12 +129,12 @@ def mix(
     """A style mixing grid: a row is one destination with the `layers` of each column's source.
 
     The first row shows the sources, the first column the destinations. Style models only.
-    layers: "coarse", "middle", "fine", or a range such as "2-5" of the layers from 0 on.
+    layers: "coarse", "middle", "fine", or a range such as "2-5" of the layers that the model has, from 0 on.
     Pictures enter by their posterior mean; samples take their place where none are given.
     """
-    run.style_options("mix", layers, "")
+    check_kind(run.config, ("style",))
     positive(count=count)
-    out = png(out)
+    out = named(out, ".png")
     start, stop = _layers(layers, 2 * (run.model.lod + 1))
 
     def styles_of(pictures, part):
@@ -185,10 +185,11 @@ def _layers(text: str, available: int) -> tuple[int, int]:
         if not (dash and first.isdigit() and last.isdigit()):
             raise ValueError(f"layers is {text!r}, must be one of {', '.join(LAYERS)} or a range such as 2-5")
         start, stop = int(first), int(last) + 1
-    stop = available if stop is None else stop
-    if not start < min(stop, available):
+    elif stop is None or stop > available:
+        stop = available
+    if not start < stop <= available:
         raise ValueError(f"layers is {text!r}: this model has layers 0 to {available - 1}")
-    return start, min(stop, available)
+    return start, stop
 
 
 def _rows(images: Tensor, columns: int | None) -> Sequence[Tensor]:
@@ -202,16 +203,15 @@ def positive(**options: int) -> None:
             raise ValueError(f"{name} is {value}, must be at least 1")
 
 
-def png(out: str | os.PathLike) -> Path:
-    """`writable(out)`. Raises ValueError for a name that does not end in .png."""
-    path = writable(out)
-    if path.suffix != ".png":
-        raise ValueError(f"{path}: a name ending in .png is needed")
-    return path
+def named(out: str | os.PathLike, *endings: str, folder: bool = False) -> Path:
+    """The path `out`. Raises ValueError for a name without one of the endings.
 
-
-def writable(out: str | os.PathLike) -> Path:
-    """The path `out`, whose folder is made where it is missing."""
+    folder: a name without any ending is accepted, too, unless something is there that is no folder.
+    """
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    is_folder = folder and not path.suffix and (path.is_dir() or not path.exists())
+    if path.suffix not in endings and not is_folder:
+        *others, last = (*endings, "a folder") if folder else endings
+        accepted = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{path}: a name ending in {accepted} is needed")
     return path

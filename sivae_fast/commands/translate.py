@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sivae_fast.commands.pictures import png, positive
+from sivae_fast.commands.pictures import named, positive
 from sivae_fast.evaluation.translation import draw_translations
 from sivae_fast.inference import Inference
 from sivae_fast.trained import check_kind
@@ -33,7 +33,7 @@ def translate(
     """
     check_kind(run.config, ("two_encoder",))
     positive(count=count)
-    out = png(out)
+    out = named(out, ".png")
     own = run.own_images(2 * count, seed) if not (classes and contents) else None
     class_images = run.read(classes, count, resize) if classes else own[::2]
     content_images = run.read(contents, count, resize) if contents else own[1::2]

@@ -1,7 +1,10 @@
+import errno
+
 import pytest
 import torch
 from PIL import Image
 
+from sivae_fast.commands import pictures
 from sivae_fast.commands.pictures import _layers, _round_trip, between, interpolate, mix, reconstruct, sample
 from sivae_fast.inference import Inference
 
@@ -25,6 +28,18 @@ def test_samples_as_a_grid_and_as_single_files(style, tmp_path):
     folder = sample(style, tmp_path / "single", count=3)
     assert [path.name for path in sorted(folder.iterdir())] == ["000000.png", "000001.png", "000002.png"]
     assert Image.open(folder / "000000.png").size == (16, 16)
+
+
+def test_a_disk_that_becomes_full_leaves_no_samples(style, tmp_path, monkeypatch):
+    def full(path, image):
+        path.touch()
+        if path.name == "000002.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pictures, "save_image", full)
+    with pytest.raises(OSError, match=f"while writing {tmp_path / 'single'}; nothing was written"):
+        sample(style, tmp_path / "single", count=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_truncation_pulls_styles_together_and_needs_them(style, residual, tmp_path):
@@ -94,7 +109,8 @@ def test_layers_by_name_and_range():
     assert _layers("fine", 14) == (8, 14)
     assert _layers("middle", 6) == (4, 6)
     assert _layers("2-5", 14) == (2, 6)
-    for text in ("fine", "6-7"):
+    assert _layers("2-13", 14) == (2, 14)
+    for text in ("fine", "6-7", "2-6", "2-99", "5-2"):
         with pytest.raises(ValueError, match="this model has layers 0 to 5"):
             _layers(text, 6)
     with pytest.raises(ValueError, match=r"must be one of coarse, middle, fine or a range such as 2-5"):
@@ -113,7 +129,10 @@ def test_layers_by_name_and_range():
         (lambda run, out, one: interpolate(run, out / "i.png", steps=1), "steps is 1"),
         (lambda run, out, one: interpolate(run, out / "i.png", space="x"), "space is 'x'"),
         (lambda run, out, one: interpolate(run, out / "i.png", space="w"), "styles need style"),
-        (lambda run, out, one: mix(run, out / "m.png"), "styles need style"),
+        (lambda run, out, one: mix(run, out / "m.png"), "is residual: this takes style models"),
+        (lambda run, out, one: sample(run, out / "s.npy"), r"s\.npy: .* ending in \.png or a folder"),
+        (lambda run, out, one: sample(run, out / "s.jpg"), r"s\.jpg: .* ending in \.png or a folder"),
+        (lambda run, out, one: sample(run, "/dev/full"), r"/dev/full: .* \.png or a folder is needed"),
         (lambda run, out, one: sample(run, out / "s.png", count=0), "count is 0"),
         (lambda run, out, one: reconstruct(run, out / "folder"), r"ending in \.png"),
     ],
