@@ -10,19 +10,11 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sivae_fast.checkpoint import CheckpointError
-from sivae_fast.config import Config, ConfigError, load_config
-from sivae_fast.run import Run, RunInUse, read_stats
-from sivae_fast.training.agreement import RankFailed, RanksDiffer
-from sivae_fast.training.guard import Diverged
-from sivae_fast.training.loop import train
+if TYPE_CHECKING:
+    from sivae_fast.config import Config
 
-#: Errors that say by themselves what to do; everything else is a defect and shows where it happened.
-EXPECTED = (
-    CheckpointError, ConfigError, Diverged, ImportError, OSError,
-    RankFailed, RanksDiffer, RunInUse, ValueError,
-)  # fmt: skip
 UNFINISHED = 75  # of sysexits.h: try again later
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
@@ -41,6 +33,24 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
+        return run(options)
+    except KeyboardInterrupt:  # before or after the iterations, which it ends in good order
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    """What the options ask for; returns the exit code. Wrong input ends in one line on standard error."""
+    # Imported here so that Ctrl-C while PyTorch is loaded ends quietly.
+    from sivae_fast.config import load_config
+    from sivae_fast.run import RunInUse
+    from sivae_fast.training.agreement import RankFailed, RanksDiffer
+    from sivae_fast.training.guard import Diverged
+    from sivae_fast.training.loop import train
+
+    # Errors that say by themselves what to do; everything else is a defect and shows where it happened.
+    expected = (Diverged, ImportError, OSError, RankFailed, RanksDiffer, RunInUse, ValueError)
+    try:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
             print(config.to_yaml(), end="")
@@ -48,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0 if finished(config) else UNFINISHED
         else:
             train(config)
-    except EXPECTED as error:
+    except expected as error:
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"error: {rank}{error}", file=sys.stderr)
         return 1
@@ -57,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def finished(config: Config) -> bool:
     """Whether the newest run of this configuration has seen all its images."""
+    from sivae_fast.run import Run, read_stats
+
     folder = Run.find(config.run.folder, config.run.name, config.identity())
     ticks = read_stats(folder) if folder else []
     return bool(ticks) and ticks[-1]["images"] >= config.train.images

@@ -5,28 +5,38 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 
-from sivae_fast.checkpoint import CheckpointError
-from sivae_fast.config import ConfigError
+# Each command imports what it needs: --help is there at once, Ctrl-C while PyTorch is loaded ends quietly.
 
 _RESIZE = "accept pictures of another size, and draw points from clouds of another size"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Wrong input ends in one line on standard error."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sivae_fast").setLevel(logging.INFO)  # and of other packages only the warnings
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = vars(parser().parse_args(arguments))
     command = options.pop("command")
     try:
         command(**options)
-    except (ConfigError, CheckpointError, ImportError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ImportError, ValueError, OSError) as error:
+        print(f"error: {_as_typed(str(error), arguments)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _as_typed(message: str, arguments: list[str]) -> str:
+    """The message; where it begins with an argument, as in "count is 0", with the option that gave it."""
+    found = re.match(r"(\w+)(?= is | are |=)", message)
+    option = f"--{found[1].replace('_', '-')}" if found else ""
+    given = any(argument.partition("=")[0] == option for argument in arguments)
+    return option + message[found.end() :] if given else message
 
 
 def parser() -> argparse.ArgumentParser:
@@ -249,7 +259,7 @@ def _translate(**options) -> None:
 
 
 def _add_evaluate(commands) -> None:
-    command = _command(commands, "evaluate", _evaluate, "Measure a model; results go into its run folder.")
+    command = _command(commands, "evaluate", _evaluate, "Measure a model; a run folder keeps the results.")
     _add_model(command)
     command.add_argument("--metrics", nargs="+", help="by kind of model, see docs/evaluation.md")
     command.add_argument("--features", help="network of fid and its kin: inception, random")
@@ -257,7 +267,7 @@ def _add_evaluate(commands) -> None:
     command.add_argument("--count", type=int, default=50_000, help="at most so many images or clouds")
     command.add_argument("--ood", nargs="+", metavar="SET", help="image sets to be told from the model's own")
     command.add_argument("--own", help="held-out images of the model's kind, for --ood")
-    command.add_argument("--out", help="folder of the results of --ood (default: the run folder)")
+    command.add_argument("--out", help="folder of the results of --ood (default: a run folder, or here)")
     add = command.add_argument_group("log-likelihood, in --ood and in the metric log_likelihood").add_argument
     add("--samples", type=int, default=argparse.SUPPRESS, help="draws of an estimate (default: 5)")
     add("--variance", type=float, default=argparse.SUPPRESS, help="of a pixel in [0, 1] (default: 1)")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "hub:"
@@ -23,7 +25,9 @@ def pull(
     repo_id, _, after = repo_id.partition("@")
     _check(repo_id)
     options = {"revision": revision or after or None, "local_dir": dest, "token": token}
-    folder = Path(_library().snapshot_download(repo_id, allow_patterns=list(FILES), **options))
+    download = _library().snapshot_download
+    with _failing(f"{repo_id} was not fetched"):
+        folder = Path(download(repo_id, allow_patterns=list(FILES), **options))
     if not (folder / MODEL).is_file():
         raise FileNotFoundError(f"{repo_id} holds no {MODEL}: it is no model of this project")
     return folder
@@ -37,14 +41,19 @@ def upload(folder: str | os.PathLike, repo_id: str, *, private: bool = False, to
     _check(repo_id)
     api = _library().HfApi(token=token)
     options = {"allow_patterns": list(FILES), "commit_message": "Upload a model of sivae-fast"}
-    try:
+    with _failing(f"{repo_id} was not uploaded"):
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # without a network: of whatever HTTP library is below
-        raise OSError(f"{repo_id} was not uploaded: {type(error).__name__}: {error}") from error
     return str(address)
+
+
+@contextlib.contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Errors, of the Hub or of whatever HTTP library is below, as OSError in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _check(repo_id: str) -> None:

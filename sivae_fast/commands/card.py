@@ -52,9 +52,15 @@ def card(source: str | os.PathLike, *, averaged: bool = True) -> str:
 
     Raises CheckpointError, naming the file, for what is no model.
     """
-    model, name = load(source, averaged=averaged), os.fspath(source)
-    where = name if name.startswith(hub.PREFIX) else Path(name).resolve().name
-    return describe(model, metrics_of(source), where)
+    return describe(load(source, averaged=averaged), metrics_of(source), _where(os.fspath(source)))
+
+
+def _where(name: str) -> str:
+    """What loads the model from here; of one elsewhere the name alone, without the paths of this machine."""
+    if name.startswith(hub.PREFIX):
+        return name
+    path, here = Path(name).resolve(), Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
 
 
 def metrics_of(source: str | os.PathLike) -> dict[str, list[dict]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from sivae_fast.checkpoint import load
 from sivae_fast.commands.opening import open_run
 from sivae_fast.inference_clouds import CloudInference
+from sivae_fast.trained import pick_device
 
 
 def evaluate(
@@ -25,7 +26,8 @@ def evaluate(
     estimate: dict | None = None,
     **options,
 ) -> dict:
-    """Measures the model at the path `model`; the records also go into its run folder, if it is one.
+    """Measures the model at the path `model`. The records also go into a run folder, if it is one; those of a
+    checkpoint or snapshot in it do not, since the last record of a run is taken for that of its last state.
 
     estimate: options of log p(x). options: those of `Trained.load`, without `averaged`.
     Raises ValueError for options that do not fit the kind of the model or each other.
@@ -38,11 +40,9 @@ def evaluate(
     folder = Path(model) if Path(model).is_dir() else None
     kind = load(model).config.model.kind
     if kind == "mlp":
-        if ood or metrics:
-            raise ValueError(
-                "a model of points in the plane has one evaluation: leave out --ood and --metrics"
-            )
-        return _density(model, raw, seed, folder)
+        _refuse(kind, metrics=metrics, ood=ood, own=own, out=out, features=features, weights=weights)
+        _refuse(kind, data=options.pop("data", None))
+        return _density(model, raw, seed, folder, **options)
     if kind in ("pointnet", "two_encoder"):
         _refuse(kind, ood=ood, own=own, out=out, features=features)
     if kind == "pointnet":
@@ -88,15 +88,21 @@ def _images(run, metrics, features, weights, count, seed, folder, estimate) -> d
     return evaluate(run, metrics, features=network, **about, **estimate)
 
 
-def _density(path: str, raw: bool, seed: int, folder: Path | None) -> dict:
+def _density(
+    path: str, raw: bool, seed: int, folder: Path | None, device: str = "auto", precision: str = "fp32", **_
+) -> dict:
     from sivae_fast.data.densities import Density
     from sivae_fast.evaluation.density import evaluate_density
     from sivae_fast.run import append_metric
 
-    model = load(path, averaged=not raw)
+    if precision != "fp32":
+        raise ValueError(f"precision is {precision!r}, must be fp32 for models of points in the plane")
+    model = load(path, not raw, pick_device(device))
     density = Density(model.config.data.name)
     scores = evaluate_density(model, density.sample, density.half_range, seed)
+    about = {"images": model.images, "weights": model.facts["weights"], "precision": precision, "seed": seed}
+    records = {name: {"value": value, **about} for name, value in scores.items()}
     if folder:
-        for name, value in scores.items():
-            append_metric(folder, name, {"images": model.images, "value": value, "seed": seed})
-    return scores
+        for name, record in records.items():
+            append_metric(folder, name, record)
+    return records

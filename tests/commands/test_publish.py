@@ -141,6 +141,19 @@ def test_a_card_says_what_the_model_is(runs, tmp_path):
     assert "fid" not in card(alone)
 
 
+def test_what_a_card_loads_is_there(runs, tmp_path, monkeypatch):
+    run = shutil.copytree(runs.style, tmp_path / "runs" / "00007-mine")
+    for here, typed, loaded in (
+        (tmp_path, "runs/00007-mine", "runs/00007-mine"),
+        (tmp_path, str(run), "runs/00007-mine"),
+        (run, "snapshots/0000001000.safetensors", "snapshots/0000001000.safetensors"),
+        (tmp_path / "runs", "../runs/00007-mine/", "00007-mine"),
+    ):
+        monkeypatch.chdir(here)
+        assert f'sivae_fast.load("{loaded}")' in card(typed)
+        assert load(loaded).images == 1000
+
+
 def test_a_card_of_converted_weights_claims_no_training(tmp_path):
     config = make_config({"model": POINTNET, "data": {"kind": "pointclouds", "points": 12}})
     facts = {"weights": "raw", "source": "01618.pth"}
@@ -191,3 +204,11 @@ def test_a_failing_network_is_one_clear_error(runs, hub, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["huggingface_hub"].HfApi, "create_repo", fail)
     assert main(["push", str(runs.style), "owner/name"]) == 1
     assert "owner/name was not uploaded: ConnectError: connection refused" in capsys.readouterr().err
+
+    def absent(*args, **options):
+        raise FileNotFoundError("Got: ConnectError\nAn error happened")
+
+    monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", absent)
+    assert main(["pull", "owner/name"]) == 1
+    said = "owner/name was not fetched: FileNotFoundError: Got: ConnectError An error happened"
+    assert capsys.readouterr().err == f"error: {said}\n"

@@ -1,0 +1,99 @@
+"""What all commands share: options named as typed, nothing loaded too early, interrupts, the disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sivae_fast.cli import main
+from sivae_fast.run import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_options_are_named_as_they_were_typed(runs, tmp_path, capsys):
+    out, model = f"--out={tmp_path / 's.png'}", str(runs.residual)
+    for arguments, message in [
+        (["evaluate", model, "--metrics", "foo", "bar"], "--metrics are foo, bar, must be some of fid"),
+        (["evaluate", model, "--metrics", "mse", "--count=0"], "--count is 0, must be at least 2"),
+        (["sample", model, out, "--batch-norm", "x"], "--batch-norm is 'x', must be one of running"),
+        (["sample", model, out, "--truncation", "0.5"], "--truncation=0.5: this model is of kind residual"),
+        (["mix", str(runs.style), out, "--layers", "2-99"], "--layers is '2-99': this model has layers 0 to"),
+        (["pull", "name"], "repo_id is 'name', must be owner/name"),
+        (["convert", "a", str(tmp_path / "b"), "--raw"], f"{tmp_path / 'b'}: a snapshot is a file that ends"),
+    ]:
+        assert main(arguments) == 1
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "program", [["-m", "sivae_fast.cli", "sample", "runs/0"], [str(ROOT / "launch" / "train.py")]], ids=len
+)
+def test_an_interrupt_while_pytorch_is_loaded_is_quiet(tmp_path, program):
+    (tmp_path / "torch.py").write_text(
+        "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *program], cwd=tmp_path, env=environment, **streams) as process:
+        for _ in range(600):
+            if (tmp_path / "begun").exists():
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "stopped\n")
+    assert process.returncode == 130
+
+
+def test_help_loads_no_pytorch():
+    say = "import sys, sivae_fast.cli as cli; cli.parser().format_help(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", say], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n"
+
+
+def test_missing_folders_are_made_by_all_commands(runs, tmp_path, capsys):
+    run = str(runs.style)
+    for number, arguments in enumerate((["sample", run, "--count", "1"], ["report", run], ["card", run])):
+        path = tmp_path / str(number) / "new" / "out.png"
+        assert main([*arguments, "--out", str(path)]) == 0
+        assert path.is_file() and capsys.readouterr().out == f"{path}\n"
+
+
+def test_devices_are_not_replaced(runs, capsys):
+    for arguments in (["sample", str(runs.style)], ["report", str(runs.style)], ["card", str(runs.style)]):
+        assert main([*arguments, "--out", "/dev/full"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: /dev/full") and len(error.splitlines()) == 1
+    assert Path("/dev/full").is_char_device()
+
+
+def test_records_of_densities_say_what_they_are_of(runs, capsys):
+    run = str(runs.density)
+    assert main(["evaluate", run, "--seed", "1", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"gnelbo", "kl", "jsd", "kl_nats", "jsd_nats"}
+    for name, record in found.items():
+        assert record == {
+            "value": record["value"], "images": 1, "weights": "averaged", "precision": "fp32", "seed": 1
+        }  # fmt: skip
+        assert read_metrics(run)[name] == [record]
+    snapshot = str(next(Path(run).glob("snapshots/*")))
+    assert main(["evaluate", snapshot, "--seed", "1", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out) == found and len(read_metrics(run)["kl"]) == 1
+    for arguments, message in [
+        (["--raw"], "holds averaged weights alone"),
+        (["--precision", "bf16"], "--precision is 'bf16', must be fp32 for models of points in the plane"),
+        (
+            ["--metrics", "fid", "kid"],
+            "--metrics fid kid: model.kind is mlp, this option is for other models",
+        ),
+        (["--data", "x"], "--data x: model.kind is mlp"),
+    ]:
+        assert main(["evaluate", run, *arguments]) == 1
+        assert message in capsys.readouterr().err
