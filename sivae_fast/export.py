@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from sivae_fast.checkpoint import load
 from sivae_fast.config import Config
 from sivae_fast.contract import Model
+from sivae_fast.files import filling, write_bytes
 
 logger = logging.getLogger("sivae_fast")
 
@@ -52,12 +57,13 @@ def export(
 
     The encoder takes `x` [B, ...] and gives `posterior_mean` and `posterior_logvar` [B, Z]; the decoder takes
     `z` [B, Z] and gives `x_hat` [B, ...]; all float32, B is free. Each file is run and compared with PyTorch
-    before it gets its name.
+    before either is written.
 
     format: "onnx" (run by onnxruntime) or "torch" (`torch.export`, loads with torch alone).
     noise: of the style model's decoder: "none", or "bump", what the published one has in place of noise.
     Raises ValueError for unknown options, ImportError where packages are missing, RuntimeError where an
-    exported network differs from PyTorch's by more than 1e-4.
+    exported network differs from PyTorch's by more than 1e-4, OSError where the files cannot be written; in
+    all cases `dest` is as it was.
     """
     for name, value, accepted in (("format", format, FORMATS), ("noise", noise, NOISES)):
         if value not in accepted:
@@ -73,28 +79,38 @@ def export(
         ),
         "decoder": (_Decode(model, options), (model.latent_size,), ["z"], ["x_hat"]),
     }
-    dest = Path(dest)
-    dest.mkdir(parents=True, exist_ok=True)
-    write, run, suffix = (
-        (_write_onnx, _run_onnx, ".onnx") if format == "onnx" else (_write_torch, _run_torch, ".pt2")
+    pack, run, suffix = (
+        (_pack_onnx, _run_onnx, ".onnx") if format == "onnx" else (_pack_torch, _run_torch, ".pt2")
     )
-    paths = []
+    files: dict[str, bytes] = {}
     for name, (network, shape, inputs, outputs) in networks.items():
-        path = dest / f"{name}{suffix}"
-        unproven = dest / f".{name}{suffix}"
-        try:
-            write(_program(network, shape), unproven, inputs, outputs)
-            difference = max(_difference(network, shape, count, run, unproven) for count in (1, 3))
-            if not difference <= TOLERANCE:
-                raise RuntimeError(
-                    f"{path.name} differs from PyTorch by {difference:.2g}, more than {TOLERANCE}"
-                )
-            os.replace(unproven, path)
-        finally:
-            unproven.unlink(missing_ok=True)
-        logger.info("wrote %s, within %.1g of PyTorch", path, difference)
-        paths.append(path)
-    return paths
+        with _quiet():
+            content = pack(_program(network, shape), inputs, outputs)
+        difference = max(_difference(network, shape, count, run, content) for count in (1, 3))
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"{name}{suffix} differs from PyTorch by {difference:.2g}, more than {TOLERANCE}"
+            )
+        logger.info("%s%s is within %.1g of PyTorch", name, suffix, difference)
+        files[f"{name}{suffix}"] = content
+    with filling(dest) as folder:
+        for name, content in files.items():
+            write_bytes(folder / name, content)
+    return [Path(dest) / name for name in files]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters tell of their work: the comparison with PyTorch says whether it is right."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
 
 
 def _input_shape(config: Config) -> tuple[int, ...]:
@@ -116,7 +132,7 @@ def _program(network: nn.Module, shape: tuple[int, ...]) -> torch.export.Exporte
         return torch.export.export(network, (_example(shape, 2),), dynamic_shapes=({0: batch},), strict=True)
 
 
-def _write_onnx(program, path: Path, inputs: list[str], outputs: list[str]) -> None:
+def _pack_onnx(program, inputs: list[str], outputs: list[str]) -> bytes:
     try:
         import onnxruntime  # noqa: F401 (the file is run before it is kept)
         import onnxscript  # noqa: F401
@@ -127,33 +143,35 @@ def _write_onnx(program, path: Path, inputs: list[str], outputs: list[str]) -> N
     exported = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=inputs, output_names=outputs
     )
-    exported.save(path)
+    return exported.model_proto.SerializeToString()
 
 
-def _run_onnx(path: Path, x: Tensor) -> list[np.ndarray]:
+def _run_onnx(content: bytes, x: Tensor) -> list[np.ndarray]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: x.numpy()})
 
 
-def _write_torch(program, path: Path, inputs: list[str], outputs: list[str]) -> None:
-    torch.export.save(program, path)
+def _pack_torch(program, inputs: list[str], outputs: list[str]) -> bytes:
+    file = io.BytesIO()  # PyTorch's own writer aborts the process where the disk is full
+    torch.export.save(program, file)
+    return file.getvalue()
 
 
-def _run_torch(path: Path, x: Tensor) -> list[np.ndarray]:
+def _run_torch(content: bytes, x: Tensor) -> list[np.ndarray]:
     with torch.no_grad():
-        results = torch.export.load(path).module()(x)
+        results = torch.export.load(io.BytesIO(content)).module()(x)
     return [result.numpy() for result in (results if isinstance(results, tuple) else (results,))]
 
 
-def _difference(network: nn.Module, shape: tuple[int, ...], count: int, run, path: Path) -> float:
+def _difference(network: nn.Module, shape: tuple[int, ...], count: int, run, content: bytes) -> float:
     x = _example(shape, count)
     with torch.no_grad():
         expected = network(x)
     expected = expected if isinstance(expected, tuple) else (expected,)
     worst = 0.0
-    for ours, theirs in zip(expected, run(path, x), strict=True):
+    for ours, theirs in zip(expected, run(content, x), strict=True):
         ours = ours.numpy()
         worst = max(worst, float(np.abs(ours - theirs).max() / max(1.0, np.abs(ours).max())))
     return worst

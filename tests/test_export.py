@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import builtins
+import errno
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from sivae_fast import export as exporting
+from sivae_fast import files
 from sivae_fast.checkpoint import load, save_snapshot
 from sivae_fast.config import make_config
 from sivae_fast.export import export
@@ -86,10 +91,39 @@ def test_onnx_files_run_in_onnxruntime(tmp_path, kind, noise):
 def test_an_export_that_differs_is_not_kept(tmp_path, monkeypatch):
     source = snapshot(tmp_path, MODELS["mlp"])
     right = exporting._run_torch
-    monkeypatch.setattr(exporting, "_run_torch", lambda path, x: [y + 0.001 for y in right(path, x)])
+    monkeypatch.setattr(exporting, "_run_torch", lambda content, x: [y + 0.001 for y in right(content, x)])
     with pytest.raises(RuntimeError, match=r"encoder\.pt2 differs from PyTorch by 0\.001"):
         export(source, tmp_path / "out", format="torch")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_in_one_line_and_nothing_is_left(tmp_path, monkeypatch):
+    source = snapshot(tmp_path, MODELS["mlp"])
+    written = []
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) > 1:  # the decoder does not fit any more
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    message = re.escape(f"no space left on the disk while writing {tmp_path / 'out'}; nothing was written")
+    with pytest.raises(OSError, match=message + "$"):
+        export(source, tmp_path / "out", format="torch")
+    assert written and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_the_command_says_no_more_than_what_it_made(tmp_path, form):
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    out, suffix = tmp_path / "out", "onnx" if form == "onnx" else "pt2"
+    command = ["export", str(snapshot(tmp_path, MODELS["mlp"])), str(out), "--format", form]
+    done = subprocess.run([sys.executable, "-m", "sivae_fast.cli", *command], capture_output=True, text=True)
+    assert done.stdout == f"{out / 'encoder'}.{suffix}\n{out / 'decoder'}.{suffix}\n"
+    said = [re.sub(r"[\d.e-]+ of", "", line) for line in done.stderr.splitlines()]
+    assert said == [f"{name}.{suffix} is within  PyTorch" for name in ("encoder", "decoder")]
 
 
 def test_wrong_options_and_missing_packages_are_named(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 
 from sivae_fast.data.prepare import prepare
 from sivae_fast.evaluation import features, likelihood
-from sivae_fast.export import _write_onnx
+from sivae_fast.export import _pack_onnx
 
 
 def test_svhn_needs_scipy(tmp_path, monkeypatch):
@@ -39,4 +39,4 @@ def test_inception_features_need_torch_fidelity(tmp_path, monkeypatch):
 def test_onnx_needs_three_packages(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"ONNX needs a package that is missing .*onnxscript"):
-        _write_onnx(None, tmp_path / "a.onnx", [], [])
+        _pack_onnx(None, [], [])
