@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.batch=64")
     options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sivae_fast").setLevel(logging.INFO)  # and of other packages only the warnings
     try:
         return run(options)
     except KeyboardInterrupt:  # before or after the iterations, which it ends in good order

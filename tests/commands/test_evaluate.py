@@ -120,7 +120,7 @@ def test_the_command_passes_them_on(runs, tmp_path, capsys):
         ([*ood, "--proposal", "prior"], "proposal is 'prior', must be one of posterior, published"),
         (["--metrics", "mse", "--samples", "9"], "--samples is for --ood and for --metrics log_likelihood"),
         ([*ood, "--metrics", "mse"], "--ood and --metrics are two evaluations"),
-        ([*ood, "--batch-norm", "batch"], "batch_norm is 'batch'"),
+        ([*ood, "--batch-norm", "batch"], "--batch-norm is 'batch'"),
     ]:
         assert main([*common, *arguments]) == 1
         assert message in capsys.readouterr().err
