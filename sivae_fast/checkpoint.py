@@ -233,7 +233,8 @@ def _temporary(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     except SafetensorError as error:
-        raise OSError(f"{path.name} could not be written: {error}") from error
+        why = str(error).partition(" at path ")[0]  # which names a temporary file of safetensors
+        raise OSError(f"{path} could not be written: {why}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import sivae_fast
 from sivae_fast.checkpoint import (
@@ -183,6 +184,17 @@ def test_wrong_files_are_named(tmp_path, config):
     save_snapshot(tmp_path / "mixed.safetensors", make_model(other), config, 0)
     with pytest.raises(CheckpointError, match=r"another architecture: .* the model's is"):
         load(tmp_path / "mixed.safetensors")
+
+
+def test_a_write_that_is_refused_names_the_file_that_was_asked_for(tmp_path, config, monkeypatch):
+    import safetensors.torch
+
+    def refuse(values, path, metadata):
+        raise SafetensorError(f'Error while serializing: Read-only file system at path "{tmp_path}/.tmpXV"')
+
+    monkeypatch.setattr(safetensors.torch, "save_file", refuse)
+    with pytest.raises(OSError, match=r"/one\.safetensors could not be .*: Read-only file system$"):
+        save_snapshot(tmp_path / "one.safetensors", make_model(config), config, 0)
 
 
 def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
