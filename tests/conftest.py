@@ -4,6 +4,12 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that torch hands out uninitialised holds NaN (or -7), so that an unwritten output shows."""

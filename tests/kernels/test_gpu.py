@@ -8,10 +8,7 @@ from sivae_fast.kernels.introspective import phase
 from sivae_fast.kernels.style import activate_normalize
 from tests.kernels.losses import ROUNDING, SOFT_MEMBERS, chain, close, distinct, exact, leaves, soft, table
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 SHAPE, LATENTS = (3, 256, 256), 512
 ELEMENTS = 3 * 256 * 256
 

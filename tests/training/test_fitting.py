@@ -222,7 +222,6 @@ def test_limit_is_nine_tenths_of_what_is_free_and_is_taken_back(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batch_is_found_on_a_gpu(growing, monkeypatch):
     """With 1 % of the memory, so that it is filled soon; what was found trains, and the limit is gone."""
     monkeypatch.setattr(fitting, "SHARE", 0.01)

@@ -303,11 +303,7 @@ def test_captures_do_not_make_another_run():
     assert len({make_config(setting).identity() for setting in settings}) == 1
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @pytest.mark.gpu
-@needs_gpu
 def test_a_replay_draws_what_an_eager_iteration_draws():
     """Normal and uniform numbers and an index, over shapes of many blocks, either way a coin falls."""
     found = torch.zeros(3, 1000, 33, device=GPU)
@@ -331,7 +327,6 @@ def test_a_replay_draws_what_an_eager_iteration_draws():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("system", SYSTEMS)
 class TestOnAGPU:
     def test_replays_are_eager_iterations(self, system, make, monkeypatch):
