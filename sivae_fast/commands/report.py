@@ -122,7 +122,7 @@ def _metric_table(metrics: dict[str, list[dict]]) -> str:
         if records:
             record = dict(records[-1])
             row = f"<tr><th>{escape(name)}</th><td>{_digits(record.pop('value', None))}</td></tr>"
-            about = "; ".join(f"{key.replace('_', ' ')}: {text}" for key, text in _texts(record).items())
+            about = "; ".join(f"{key.replace('_', ' ')}: {text}" for key, text in texts(record).items())
             tables.setdefault(escape(about), []).append(row)
     return "".join(f"<table>{''.join(rows)}</table><p>{about}</p>" for about, rows in tables.items())
 
@@ -149,10 +149,11 @@ def _how(record: dict) -> dict:
     digits differ between machines.
     """
     changes = ("images", "value", "range_over_draws", "resolution")
-    return {key: text for key, text in _texts(record).items() if key not in changes}
+    return {key: text for key, text in texts(record).items() if key not in changes}
 
 
-def _texts(record: dict) -> dict[str, str]:
+def texts(record: dict) -> dict[str, str]:
+    """The parts of a metric's record as people read them."""
     return {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in record.items()}
 
 

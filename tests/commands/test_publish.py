@@ -128,14 +128,15 @@ def test_every_system_has_samples_and_a_card(tmp_path, model, data):
 def test_a_card_says_what_the_model_is(runs, tmp_path):
     run = shutil.copytree(runs.style, tmp_path / "00007-mine")
     for images, value in ((500, 40.0), (1000, 30.25), (9000, 1.0)):
-        append_metric(run, "fid", {"images": images, "value": value, "features": "inception", "seed": 0})
+        beside = {"features": "inception", "seed": 0, "range_over_draws": 0.012345678}
+        append_metric(run, "fid", {"images": images, "value": value, **beside})
     text = card(run)
     parameters = sum(p.numel() for p in load(run).parameters())
     assert "# Style-based image model, 16x16, colour" in text
     assert f"| parameters | {parameters:,} |" in text and "| images seen | 1,000 |" in text
     assert "| `objective.beta_neg` | 256.0 |" in text and "| `data.flip` | True |" in text
     # Not the one that was measured after this model.
-    assert "| fid | 30.25 | 1,000 | features inception, seed 0 |" in text
+    assert "| fid | 30.25 | 1,000 | features inception, seed 0, range_over_draws 0.01235 |" in text
     assert 'sivae_fast.load("00007-mine")' in text and "Apache-2.0" in text and str(tmp_path) not in text
     alone = shutil.copy(run / "snapshots" / "0000001000.safetensors", tmp_path)
     assert "fid" not in card(alone)
