@@ -38,23 +38,38 @@ class Meter:
         """(sum, count) by name over all ranks; a collective call that waits for the device."""
         if not self._sums:
             return {}
-        names = sorted(self._sums)
-        table = torch.stack([torch.stack([kind[n] for n in names]) for kind in (self._sums, self._counts)])
+        table = self._table()
         if dist.is_initialized():
             dist.all_reduce(table)
-        return {
-            name: (total, int(count))
-            for name, total, count in zip(names, *table.tolist(), strict=True)
-            if count
-        }
+        return {name: (total, count) for name, (total, count) in self._named(table).items() if count}
 
-    def restore(self, totals: dict[str, tuple[float, int]], first_rank: bool) -> None:
-        """Starts from saved totals; they are given to one rank, since `totals` adds up the ranks."""
-        self._know(totals)
+    def of_ranks(self) -> list[dict[str, tuple[float, int]]]:
+        """(sum, count) by name of each rank; a collective call that waits for the device."""
+        if not self._sums:
+            return []
+        table = self._table()
+        tables = [table]
+        if dist.is_initialized():
+            tables = [torch.empty_like(table) for _ in range(dist.get_world_size())]
+            dist.all_gather(tables, table)
+        return [self._named(table) for table in tables]
+
+    def restore(self, sums: dict[str, tuple[float, int]]) -> None:
+        """Starts from (sum, count) by name, the same names on every rank: `totals` adds up the ranks."""
+        self._know(sums)
         self.clear()
-        for name, (total, count) in totals.items() if first_rank else ():
+        for name, (total, count) in sums.items():
             self._sums[name].fill_(total)
             self._counts[name].fill_(count)
+
+    def _table(self) -> Tensor:
+        """Sums and counts [2, names], in the order of the sorted names."""
+        names = sorted(self._sums)
+        return torch.stack([torch.stack([kind[n] for n in names]) for kind in (self._sums, self._counts)])
+
+    def _named(self, table: Tensor) -> dict[str, tuple[float, int]]:
+        rows = zip(sorted(self._sums), *table.tolist(), strict=True)
+        return {name: (total, int(count)) for name, total, count in rows}
 
     def clear(self) -> None:
         for value in (*self._sums.values(), *self._counts.values()):

@@ -37,6 +37,7 @@ def state_of(trainer, planned: bool) -> tuple[dict[str, Tensor], dict]:
         "lod": trainer.lod,
         "steps": steps,
         "tick": trainer.meter.totals(),
+        "tick_of_ranks": trainer.meter.of_ranks(),
         "marks": trainer.recorder.marks,
         "guard": trainer.guard.state(),
         "facts": trainer.facts,
@@ -68,7 +69,7 @@ def restore(trainer, planned: bool = False) -> bool:
         trainer.average.load(part(tensors, "average"))
     trainer.images, trainer.lod = state["images"], state["lod"]
     trainer.stage = trainer.schedule.at(trainer.images)
-    trainer.meter.restore(state["tick"], first_rank=trainer.rank == 0)
+    trainer.meter.restore(_own_tick(state, trainer.rank, trainer.world))
     trainer.recorder.marks = state["marks"]
     if "guard" in state:  # not in checkpoints of earlier versions and of `convert`
         trainer.guard.restore(state["guard"])
@@ -78,6 +79,15 @@ def restore(trainer, planned: bool = False) -> bool:
             logger.warning("%s changed since the checkpoint: %s, was %s", key, trainer.facts.get(key), before)
     logger.info("resuming at %s images", f"{trainer.images:,}")
     return True
+
+
+def _own_tick(state: dict, rank: int, world: int) -> dict[str, tuple[float, int]]:
+    """What this rank has summed up in the unfinished tick, so that sums go on without a trace of the stop;
+    for another number of ranks, and from earlier versions, the totals on the first rank."""
+    of_ranks = state.get("tick_of_ranks", [])
+    if len(of_ranks) == world:
+        return of_ranks[rank]
+    return state["tick"] if rank == 0 else dict.fromkeys(state["tick"], (0.0, 0))
 
 
 def go_back(trainer, error: Diverged) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from sivae_fast.checkpoint import load_newest
+from sivae_fast.training.meter import Meter
+from sivae_fast.training.resume import _own_tick
 from tests.training.conftest import environment
 
 NOT_COMPARED = {"time", "images_per_second", "step_seconds", "data_seconds", "memory_bytes"}
@@ -162,3 +164,23 @@ def test_finished_run_says_so(launch):
     assert len(list((launch.folder / "runs").iterdir())) == 1
     launch(run__name="run", run__new="true")
     assert len(list((launch.folder / "runs").iterdir())) == 2
+
+
+def test_an_unfinished_tick_goes_on_with_the_sums_of_each_rank():
+    """Added up over the ranks and given to one of them, they would round in another order."""
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(2, 2, 5, generator=generator).mul(9).exp()  # rank, before or after the stop, sample
+    through, before, after = ([Meter(torch.device("cpu")) for _ in range(2)] for _ in range(3))
+    for rank in range(2):
+        for part in parts[rank]:
+            through[rank].add({"kl_real": part}, 5)
+        before[rank].add({"kl_real": parts[rank, 0]}, 5)
+    of_ranks = [meter.of_ranks()[0] for meter in before]
+    totals = {"kl_real": (sum(own["kl_real"][0] for own in of_ranks), 10)}
+    state = json.loads(json.dumps({"tick": totals, "tick_of_ranks": of_ranks}))
+    for rank in range(2):
+        after[rank].restore(_own_tick(state, rank, 2))
+        after[rank].add({"kl_real": parts[rank, 1]}, 5)
+    assert [meter.totals() for meter in after] == [meter.totals() for meter in through]
+    assert _own_tick(state, 0, 1) == state["tick"] and _own_tick(state, 2, 3) == {"kl_real": (0.0, 0)}
+    assert _own_tick({"tick": {}}, 0, 1) == {}  # of an earlier version
