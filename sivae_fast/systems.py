@@ -12,6 +12,7 @@ from torch import Tensor
 from sivae_fast.config import Config, ConfigError
 from sivae_fast.contract import Model
 from sivae_fast.draws import Draws, Rows
+from sivae_fast.evaluation.batchnorm import batch_statistics
 from sivae_fast.figures import save_grid
 from sivae_fast.growth import Schedule
 
@@ -44,12 +45,18 @@ def make_objective(config: Config, input_shape: tuple[int, ...]):
         return objectives.VAE(**common)
     if settings.kind == "introvae":
         return objectives.IntroVAE(**common, beta_neg=beta_neg, margin=settings.margin, hinge=settings.hinge)
-    gamma_r = settings.gamma_r
-    if gamma_r is None:
-        gamma_r = 1e-8 if config.train.schedule == "published" else 0.0
     return objectives.SoftIntroVAE(
-        **common, beta_neg=beta_neg, scale=scale, alpha=settings.alpha, gamma_r=gamma_r
+        **common, beta_neg=beta_neg, scale=scale, alpha=settings.alpha, gamma_r=_gamma_r(config)
     )
+
+
+def _gamma_r(config: Config) -> float:
+    """The decoder's weight for reconstructions of fakes; by default that of the published variant."""
+    if config.objective.gamma_r is not None:
+        return config.objective.gamma_r
+    if getattr(config.model, "lagged_decoder", False):
+        return 1.0  # the bootstrap variant lives on this term
+    return 1e-8 if config.train.schedule == "published" else 0.0
 
 
 def error_function(config: Config):
@@ -178,7 +185,9 @@ def _size(shape: tuple[int, ...]) -> str:
 def save_picture(config: Config, path: Path, model: Model, data, count: int = 8) -> None:
     """What to look at while training, the same every time: real, reconstruction (of the mean), sample.
 
-    For densities: data, samples and the learned density.
+    For densities: data, samples and the learned density. Batch norm takes the statistics of the pictures, as
+    in training: with its running ones the pictures of introspective models look broken (see
+    `evaluation.batchnorm`).
     """
     training = model.training
     model.eval()
@@ -191,7 +200,8 @@ def save_picture(config: Config, path: Path, model: Model, data, count: int = 8)
 
         draw_clouds(path, _fixed_rows(model, data, count))
     else:
-        real, rec, fake = _fixed_rows(model, data, count)
+        with batch_statistics(model):
+            real, rec, fake = _fixed_rows(model, data, count)
         low = 0.0 if getattr(config.data, "value_range", "unit") == "unit" else -1.0
         save_grid(path, [real, rec, fake], (low, 1.0))
     model.train(training)

@@ -45,8 +45,8 @@ class ResidualModel(Model):
     norm: "batch" as published, where the rows of a batch influence each other while training and running
         statistics are used in eval mode (see `sivae_fast.evaluation.batchnorm`); "group" has neither effect.
     lagged_decoder: the bootstrap variant. A copy of the decoder, never optimised, reconstructs the fakes; it
-        is taken anew after every `lag_epochs` epochs. The first one is a copy, too, where the published one
-        begins with other random weights and so misleads the first epoch.
+        is taken anew after the first epoch and every `lag_epochs` epochs from there. It begins as a copy, too,
+        where the published one begins with other random weights and so misleads the first epoch.
     augment: in training the encoder sees its input randomly cut out and moved, see `augmented`.
     condition_size: numbers of a condition [B, condition_size] that both nets take; 0 for none.
     Raises ValueError for sizes that do not fit and for unknown norms.
@@ -112,7 +112,7 @@ class ResidualModel(Model):
     @torch.no_grad()
     def end_of_epoch(self, epoch: int) -> None:
         """Copies weights and running statistics into the lagged decoder, where there is one."""
-        if self.lagged_decoder and epoch % self.lag_epochs == 0:
+        if self.lagged_decoder and (epoch - 1) % self.lag_epochs == 0:
             self.target_decoder.load_state_dict(self.decoder.state_dict())
 
     def encoder_modules(self) -> Iterable[nn.Module]:

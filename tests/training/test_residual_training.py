@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import torch
 from PIL import Image
 
 import sivae_fast
+from sivae_fast import systems
 from sivae_fast.config import make_config
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.models.residual import ResidualModel
 from sivae_fast.objectives import SoftIntroVAE
+from sivae_fast.systems import make_objective
 from sivae_fast.training.loop import train
 from sivae_fast.training.step import Step
 
@@ -33,7 +36,7 @@ def configuration(folder, pictures, images, tick=8, **model):
     return make_config(
         {
             "model": {"kind": "residual", **SMALL, **model},
-            "objective": {"beta_neg": 16.0, "gamma_r": 1.0 if model.get("lagged_decoder") else 0.0},
+            "objective": {"beta_neg": 16.0},
             "data": data,
             "train": {"images": images, "batch": 8, "warmup_images": 8},
             "engine": {"kind": "torch"},
@@ -61,20 +64,41 @@ def test_stopped_and_resumed_is_the_same_as_never_stopped(tmp_path, pictures, mo
 
 
 def test_the_lagged_decoder_is_the_decoder_of_the_last_epoch(tmp_path, pictures):
-    """24 pictures are three batches of 8: copies are taken at 24 and at 48 images, or at 48 alone."""
-    weights = {}
+    """24 pictures are three batches of 8: copies are taken at 24 and at 48 images, or at 24 alone."""
+    decoder, target = {}, {}
     for images in (40, 48, 56):
         for lag in (1, 2):
             folder = tmp_path / f"{images}-{lag}"
             run = train(configuration(folder, pictures, images, lagged_decoder=True, lag_epochs=lag))
             state = sivae_fast.load(run, averaged=False).state_dict()
-            weights[images, lag] = [state[f"{net}.fc.0.weight"] for net in ("decoder", "target_decoder")]
-    for lag in (1, 2):
-        decoder, copy_ = weights[48, lag]
-        assert torch.equal(decoder, copy_)
-        later, copy_later = weights[56, lag]
-        assert torch.equal(copy_later, copy_) and not torch.equal(later, copy_later)
-    assert not torch.equal(weights[40, 1][1], weights[40, 2][1])
+            decoder[images, lag] = state["decoder.fc.0.weight"]
+            target[images, lag] = state["target_decoder.fc.0.weight"]
+    assert torch.equal(target[40, 1], target[40, 2])
+    assert torch.equal(target[48, 1], decoder[48, 1]) and torch.equal(target[56, 1], target[48, 1])
+    assert not torch.equal(target[48, 1], target[40, 1]) and not torch.equal(decoder[56, 1], target[56, 1])
+    assert torch.equal(target[56, 2], target[40, 2])
+
+
+def test_the_bootstrap_variant_keeps_its_term(tmp_path, pictures):
+    """Without gamma_r the lagged decoder would serve the encoder alone."""
+    weights = {
+        lagged: make_objective(configuration(tmp_path, pictures, 8, lagged_decoder=lagged), (1, 8, 8)).gamma_r
+        for lagged in (True, False)
+    }
+    assert weights == {True: 1.0, False: 0.0}
+
+
+def test_pictures_of_a_run_are_made_with_the_statistics_of_their_batch(tmp_path, pictures, monkeypatch):
+    config = configuration(tmp_path, pictures, 8)
+    model = systems.make_model(config).eval()
+    real = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = []
+    monkeypatch.setattr(systems, "save_grid", lambda path, rows, value_range: drawn.extend(rows))
+    systems.save_picture(config, tmp_path / "a.png", model, SimpleNamespace(fixed=lambda count: real))
+    assert not model.training and model.encoder.main[1].num_batches_tracked == 0
+    with torch.no_grad():
+        assert not torch.allclose(drawn[1], model.decode(model.encode(real).mean))
+        assert torch.equal(drawn[1], model.train().decode(model.encode(real).mean))
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
