@@ -45,7 +45,7 @@ class ResidualModel(Model):
     norm: "batch" as published, where the rows of a batch influence each other while training and running
         statistics are used in eval mode (see `sivae_fast.evaluation.batchnorm`); "group" has neither effect.
     lagged_decoder: the bootstrap variant. A copy of the decoder, never optimised, reconstructs the fakes; it
-        is taken anew after the first epoch and every `lag_epochs` epochs from there. It begins as a copy, too,
+        is taken anew after the first epoch and every `lag_epochs` epochs on. It begins as a copy too,
         where the published one begins with other random weights and so misleads the first epoch.
     augment: in training the encoder sees its input randomly cut out and moved, see `augmented`.
     condition_size: numbers of a condition [B, condition_size] that both nets take; 0 for none.
