@@ -1,0 +1,109 @@
+"""The configurations that ship: their first lines are commands that work, their tables fit their models."""
+
+import argparse
+import contextlib
+import itertools
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from launch.train import main
+from sivae_fast.cli import parser
+from sivae_fast.config import load_config
+from sivae_fast.data.convert import Recipe
+from sivae_fast.systems import make_model, make_schedule
+from sivae_fast.training.iteration import check_batches
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "launch" / "configs"
+#: Named by image sets that are prepared, their first lines say how.
+PREPARED = sorted(path.stem for path in CONFIGS.glob("*.yaml") if "sivae-fast prepare" in path.read_text())
+#: Published with one size and splits of their own.
+COMPLETE = {"bootstrap-cifar10", "cifar10", "svhn", "mnist", "fmnist"}
+
+
+def load(name: str, *overrides: str):
+    return load_config(CONFIGS / f"{name}.yaml", overrides)
+
+
+def commands(name: str) -> list[list[str]]:
+    """The indented commands in the comment at the top of a configuration, as a shell reads them."""
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    text = "\n".join(line[4:] for line in comment if line.startswith("#   "))
+    return [shlex.split(line) for line in text.replace("\\\n", "").splitlines()]
+
+
+def preparation(name: str) -> argparse.Namespace:
+    program, *arguments = commands(name)[0]
+    assert program == "sivae-fast"
+    return parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_first_command_prepares_a_set_of_the_models_size(name):
+    options = preparation(name)
+    Recipe(options.resolution, options.fit, options.filter, options.format)  # refuses unknown ones
+    assert options.resolution == (None if name in COMPLETE else load(name).model.resolution)
+    assert (options.split is None) == (options.hold_out is None)
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_second_command_trains_on_what_the_first_made(name, capsys):
+    launcher, script, *arguments = commands(name)[1]
+    assert (launcher, script) == ("deepspeed", "launch/train.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert main([*arguments, "--dry-run"]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["run"]["name"] == name
+    assert resolved["data"]["path"] == preparation(name).dest
+
+
+def test_faces_hold_out_the_published_number_of_pictures():
+    held_out = {name: preparation(name).hold_out for name in PREPARED}
+    assert held_out["ffhq256"] == held_out["ffhq1024"] == 10_000
+    assert held_out["celebahq256"] == held_out["celeb1024"] == 1_000
+
+
+@pytest.mark.parametrize("name", ["celeb128", "celeb256", "celeb1024", "monsters128"])
+def test_sets_of_the_residual_model_are_resized_as_published(name):
+    options = preparation(name)
+    assert (options.fit, options.filter) == ("stretch", "bicubic")
+
+
+@pytest.mark.parametrize("size", [512, 1024])
+def test_ffhq1024_is_the_published_model_and_schedule_up_to_256(size, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # has none for meta
+    narrower = [] if size == 1024 else ["model.resolution=512", "model.start_channels=32"]
+    published, config = load("ffhq256"), load("ffhq1024", *narrower)
+    schedule = make_schedule(config)
+    check_batches(config, schedule, world=8)
+    stages, expected = schedule.stages(), make_schedule(published).stages()
+    assert stages[: len(expected)] == expected
+    assert 4 << stages[-1].lod == size
+    assert all((s.batch, s.beta_neg, s.learning_rate) == (32, 512, 0.002) for s in stages[len(expected) :])
+    assert config.train.images > schedule.images_per_level * len(stages)
+    with torch.device("meta"):
+        model, smaller = make_model(config), make_model(published)
+        shapes = [{name: p.shape for name, p in m.decoder.named_parameters()} for m in (model, smaller)]
+        assert shapes[1].items() <= shapes[0].items()
+        posterior = model.encode(torch.empty(2, 3, size, size))
+        assert posterior.mean.shape == (2, 512)
+        assert model.decode(posterior.mean, noise="none").shape == (2, 3, size, size)
+
+
+def test_the_bootstrap_variant_differs_in_its_own_settings_alone():
+    plain, bootstrap = load("cifar10").to_dict(), load("bootstrap-cifar10").to_dict()
+    own = {"model.lagged_decoder": True, "model.lag_epochs": 1, "objective.gamma_r": 1.0}
+    for key, value in own.items():
+        section, option = key.split(".")
+        assert bootstrap[section][option] == value
+        plain[section][option] = value
+    plain["run"]["name"] = "bootstrap-cifar10"
+    assert bootstrap == plain
+    with torch.device("meta"):
+        assert make_model(load("bootstrap-cifar10")).lagged_decoder
