@@ -19,6 +19,7 @@ from sivae_fast.explaining import explain, explain_yaml
 PositiveInt = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Half = Annotated[float, Field(ge=0, le=0.5)]
 
 
@@ -98,15 +99,21 @@ class ObjectiveConfig(Section):
 
     kind: Literal["vae", "introvae", "soft_introvae"] = "soft_introvae"
     reconstruction: Literal["sse", "l1", "huber", "bce", "bce_logits", "chamfer", "perceptual"] = "sse"
+    huber_delta: Positive = Field(1.0, description="where the Huber error turns from quadratic to linear")
     perceptual_weights: str | None = Field(None, description="file with the weights of torchvision's VGG16")
     beta_rec: NotNegative = 1.0
     beta_kl: NotNegative = 1.0
     beta_neg: NotNegative | tuple[NotNegative, ...] = 256.0
     scale: Positive | None = Field(None, description="null: 1 / (numbers in one input)")
     alpha: Positive = 2.0
-    gamma_r: NotNegative | None = Field(None, description="null: 1e-8 in the published schedule, else 0")
+    gamma_r: NotNegative | None = Field(
+        None, description="null: 1 with model.lagged_decoder, else 1e-8 in the published schedule, else 0"
+    )
     margin: Positive | None = None
     hinge: Literal["sample", "batch"] = "batch"
+    logvar_clamp: tuple[Finite, Finite] | None = Field(
+        None, description="bounds on the encoder's log-variances; null: none"
+    )
 
 
 class ImageDataConfig(Section):
@@ -281,6 +288,10 @@ class Config(Section):
             raise ValueError("train.fresh_draws=true needs train.schedule=published")
         if self.objective.kind == "introvae" and self.objective.margin is None:
             raise ValueError("objective.margin is missing, objective.kind=introvae needs a positive number")
+        if (bounds := self.objective.logvar_clamp) and not bounds[0] < bounds[1]:
+            raise ValueError(
+                f"objective.logvar_clamp=[{bounds[0]:g},{bounds[1]:g}]: the first must be below the second"
+            )
         if (self.objective.reconstruction == "perceptual") != (self.objective.perceptual_weights is not None):
             raise ValueError(
                 f"objective.reconstruction={self.objective.reconstruction} and "

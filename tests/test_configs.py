@@ -12,7 +12,7 @@ import yaml
 
 from launch.train import main
 from sivae_fast.cli import parser
-from sivae_fast.config import load_config
+from sivae_fast.config import ConfigError, load_config
 from sivae_fast.data.convert import Recipe
 from sivae_fast.systems import make_model, make_schedule
 from sivae_fast.training.iteration import check_batches
@@ -107,3 +107,18 @@ def test_the_bootstrap_variant_differs_in_its_own_settings_alone():
     assert bootstrap == plain
     with torch.device("meta"):
         assert make_model(load("bootstrap-cifar10")).lagged_decoder
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("logvar_clamp=[2,-2]", "objective.logvar_clamp=[2,-2]: the first must be below the second"),
+        ("logvar_clamp=[-2]", "objective.logvar_clamp=[-2]: the list is too short"),
+        ("logvar_clamp=[-.inf,2]", "objective.logvar_clamp[0]=-inf: input should be a finite number"),
+        ("huber_delta=0", "objective.huber_delta=0: input should be greater than 0"),
+    ],
+)
+def test_wrong_bounds_are_named(setting, message):
+    with pytest.raises(ConfigError) as caught:
+        load("cifar10", f"objective.{setting}")
+    assert str(caught.value) == message
