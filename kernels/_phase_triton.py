@@ -230,7 +230,7 @@ def store_image_gradients(
     values, gradients, slopes, sample, offsets, inside, n, delta,
     LAYOUT: tl.constexpr, SOURCES: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    for i in tl.static_range(len(gradients)):
+    for i in tl.static_range(len(values)):
         if gradients[i] is not None:
             total = tl.zeros_like(values[i])
             for s in tl.static_range(SOURCES):

@@ -35,30 +35,20 @@ def _leaky(value, slope):
 
 
 @triton.jit
-def _own(
-    x,
-    noise,
-    weight,
-    bias,
-    sample,
-    block,
-    start,
-    x_sample,
-    noise_sample,
-    pixel,
-    channel,
-    c,
-    BLOCK_C: tl.constexpr,
-):
-    """The channels of a program, and what it reads: maps from its first pixel on, numbers a channel."""
+def _own(x, sample, block, start, x_sample, pixel, channel, BLOCK_C: tl.constexpr):
+    """The channels of a program, and its map from its first pixel on.
+
+    What may be None stays with the kernels: Triton before 3.7 cannot return it.
+    """
     channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
     x += sample * x_sample + start.to(tl.int64) * pixel + (block * BLOCK_C).to(tl.int64) * channel
-    if noise is not None:
-        noise += sample * noise_sample + start
-        weight = tl.load(weight + channels, channels < c, 0.0).to(tl.float32)
-    if bias is not None:
-        bias = tl.load(bias + channels, channels < c, 0.0).to(tl.float32)
-    return channels, x, noise, weight, bias
+    return channels, x
+
+
+@triton.jit
+def _numbers(values, channels, c):
+    """A number a channel, in fp32."""
+    return tl.load(values + channels, channels < c, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -127,11 +117,13 @@ def moments_kernel(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     program, block = tl.program_id(0), tl.program_id(1)
-    start = (program % chunks) * span
-    channels, x, noise, weight, bias = _own(
-        x, noise, weight, bias, (program // chunks).to(tl.int64), block, start, x_sample, noise_sample, pixel,
-        channel, c, BLOCK_C,
-    )  # fmt: skip
+    sample, start = (program // chunks).to(tl.int64), (program % chunks) * span
+    channels, x = _own(x, sample, block, start, x_sample, pixel, channel, BLOCK_C)
+    if noise is not None:
+        noise += sample * noise_sample + start
+        weight = _numbers(weight, channels, c)
+    if bias is not None:
+        bias = _numbers(bias, channels, c)
     known, left = channels < c, n - start
     count = tl.minimum(span, left)
     mean, squares = _moments(
@@ -156,9 +148,12 @@ def normalize_kernel(
 ):  # fmt: skip
     program, block = tl.program_id(0), tl.program_id(1)
     sample, start = (program // chunks).to(tl.int64), (program % chunks) * span
-    channels, x, noise, weight, bias = _own(
-        x, noise, weight, bias, sample, block, start, x_sample, noise_sample, pixel, channel, c, BLOCK_C
-    )
+    channels, x = _own(x, sample, block, start, x_sample, pixel, channel, BLOCK_C)
+    if noise is not None:
+        noise += sample * noise_sample + start
+        weight = _numbers(weight, channels, c)
+    if bias is not None:
+        bias = _numbers(bias, channels, c)
     known, left = channels < c, n - start
     count = tl.minimum(span, left)
     if slots is None:
@@ -221,9 +216,12 @@ def gradient_sums_kernel(
 ):  # fmt: skip
     program, block = tl.program_id(0), tl.program_id(1)
     sample, start = (program // chunks).to(tl.int64), (program % chunks) * span
-    channels, x, noise, weight, bias = _own(
-        x, noise, weight, bias, sample, block, start, x_sample, noise_sample, pixel, channel, c, BLOCK_C
-    )
+    channels, x = _own(x, sample, block, start, x_sample, pixel, channel, BLOCK_C)
+    if noise is not None:
+        noise += sample * noise_sample + start
+        weight = _numbers(weight, channels, c)
+    if bias is not None:
+        bias = _numbers(bias, channels, c)
     known, left = channels < c, n - start
     by_y += sample * c * n + start.to(tl.int64) * pixel + (block * BLOCK_C).to(tl.int64) * channel
     mean = tl.load(kept + sample * c + channels, known, 0.0)
@@ -265,9 +263,12 @@ def gradient_kernel(
 ):  # fmt: skip
     program, block = tl.program_id(0), tl.program_id(1)
     sample, start = (program // chunks).to(tl.int64), (program % chunks) * span
-    channels, x, noise, weight, bias = _own(
-        x, noise, weight, bias, sample, block, start, x_sample, noise_sample, pixel, channel, c, BLOCK_C
-    )
+    channels, x = _own(x, sample, block, start, x_sample, pixel, channel, BLOCK_C)
+    if noise is not None:
+        noise += sample * noise_sample + start
+        weight = _numbers(weight, channels, c)
+    if bias is not None:
+        bias = _numbers(bias, channels, c)
     known, left = channels < c, n - start
     count = tl.minimum(span, left)
     row = sample * c + channels
