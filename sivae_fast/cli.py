@@ -311,10 +311,15 @@ def _add_convert(commands) -> None:
     command.add_argument(
         "--no-optimizer", action="store_true", help="with --config: begin with fresh moments"
     )
-    command.add_argument("--images", type=int, help="with --config: images seen at the start")
+    command.add_argument(
+        "--images",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="with --config: images seen at the start (default: by the epochs that the file counts)",
+    )
 
 
-def _convert(source, dest, raw, config, set, no_optimizer, images) -> None:
+def _convert(source, dest, raw, config, set, no_optimizer, images=None) -> None:
     from sivae_fast.config import load_config
     from sivae_fast.convert import convert, start_run
 

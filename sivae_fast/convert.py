@@ -13,19 +13,22 @@ from sivae_fast.checkpoint import CheckpointError, load_weights, save_checkpoint
 from sivae_fast.config import Config, ConfigError, make_config
 from sivae_fast.contract import Model
 from sivae_fast.models.style_names import swap_layout
-from sivae_fast.published import Published, read_published
+from sivae_fast.published import Published, at_level, read_published
 from sivae_fast.run import Run
-from sivae_fast.systems import levels, make_model
+from sivae_fast.systems import levels, make_model, make_schedule
 
 logger = logging.getLogger("sivae_fast")
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Images of an epoch by images of a level: 16 epochs of FFHQ, 30 of CelebA-HQ in the published schedules.
+_PUBLISHED_SCHEDULES = {960_000: 60_000, 869_760: 28_992}
 
 
 def convert(source: str | Path, dest: str | Path, *, raw: bool = False) -> Path:
     """Writes the weights of a published checkpoint as the snapshot `dest` (.safetensors).
 
     raw: the weights of the optimizer, not their average where the file has one.
+    A style model whose last levels were not trained is written without them, at the size of its images.
     Raises CheckpointError, naming the file, where it cannot be converted; `dest` is then not written.
     """
     dest = Path(dest)
@@ -35,8 +38,12 @@ def convert(source: str | Path, dest: str | Path, *, raw: bool = False) -> Path:
     if found.missing:
         raise CheckpointError(
             f"{source} cannot be used as it is: {', '.join(found.missing)} is another function in ALAE. It "
-            "can only be trained on, in a new run (`start_run`) in which that network starts anew"
+            "can only be trained on, in a new run (--config, `start_run`) in which that network starts anew"
         )
+    try:
+        found = at_level(found)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}, in a new run (--config, `start_run`)") from None
     config = make_config(found.settings)
     averaged = found.averaged is not None and not raw
     model = _filled(config, found.averaged if averaged else found.weights, source)
@@ -44,7 +51,8 @@ def convert(source: str | Path, dest: str | Path, *, raw: bool = False) -> Path:
     if found.epoch is not None:
         facts["epoch"] = str(found.epoch)
     save_snapshot(dest, model, config, 0, **facts)
-    logger.info("wrote the %s weights to %s", facts["weights"], dest)
+    size = f", {model.resolution}x{model.resolution}" if hasattr(model, "resolution") else ""
+    logger.info("wrote the %s weights%s to %s", facts["weights"], size, dest)
     return dest
 
 
@@ -55,9 +63,12 @@ def start_run(
 
     config: of the training to come; its `model` has to be that of the file.
     optimizer: take over the optimizers' second moments and step counts, where the file has them.
-    images: where the clock of images seen starts. The files count epochs at most; None starts where the last
-        level of detail is faded in, or at 0 for models of one size.
-    Raises CheckpointError for the file, ConfigError for a configuration of another model.
+    images: where the clock of images seen starts. None multiplies the epochs that the file counts with the
+        images of an epoch, which its name or the published schedule of `config` tells. Where that is not
+        known, the clock starts where the level that the file had reached is faded in, or at 0 for models of
+        one size.
+    Raises CheckpointError for the file, ConfigError for a configuration of another model or one that has
+    another level after so many images.
     """
     found = _read(source)
     try:
@@ -75,12 +86,22 @@ def start_run(
             moments, steps[side] = _moments(model, side, state)
             tensors |= moments
             logger.info("%s optimizer: state of %d tensors, %d steps", side, len(moments) // 2, steps[side])
-    images = _first_image(config) if images is None else images
+    schedule, given = make_schedule(config), images is not None
+    images = images if given else _first_image(found, config)
+    level = schedule.lod(max(images - 1, 0)) if found.level is None else found.level
+    if level not in (schedule.lod(images), schedule.lod(max(images - 1, 0))):  # a switch lies between these
+        what = (
+            f"{source} had reached level {level}, the configuration has level {schedule.lod(images)} at "
+            f"{images:,} images (growth.images_per_level={config.growth.images_per_level})"
+        )
+        if not given:
+            raise ConfigError(f"{what}: give the growth.images_per_level of the file, or --images")
+        logger.warning("%s", what)
     every = {"tick": config.run.tick, "samples": config.run.samples}
     every |= {"checkpoint": config.run.checkpoint, "snapshot": config.run.snapshot}
     state = {
         "config": config.portable().to_dict(),
-        "lod": _lod(config, images),
+        "lod": level,  # of the optimizers' state: training forgets it where the clock has another one
         "steps": steps,
         "tick": {},
         "marks": {name: (images // interval + 1) * interval for name, interval in every.items()},
@@ -88,7 +109,8 @@ def start_run(
     }
     with Run.create(config.run.folder, config.run.name, config.to_dict(), config.identity()) as run:
         save_checkpoint(run.folder / "checkpoints", images, tensors, state, config.run.keep)
-        logger.info("wrote the run %s, at %s images", run.folder, f"{images:,}")
+        end = config.train.images
+        logger.info("wrote the run %s, at %s of %s images", run.folder, f"{images:,}", f"{end:,}")
         return run.folder
 
 
@@ -142,11 +164,20 @@ def _moments(model: Model, side: str, state: dict) -> tuple[dict[str, Tensor], i
     return tensors, steps
 
 
-def _first_image(config: Config) -> int:
+def _first_image(found: Published, config: Config) -> int:
+    """Images seen, by what the file says; tells what was assumed."""
     growth = config.growth
-    return math.ceil(growth.images_per_level * (levels(config) - 1 + growth.fade))
-
-
-def _lod(config: Config, images: int) -> int:
-    last, per_level = levels(config) - 1, config.growth.images_per_level
-    return min(last, images // per_level) if per_level else last
+    each = found.epoch_images or _PUBLISHED_SCHEDULES.get(growth.images_per_level)
+    if found.epoch is not None and each:
+        images = found.epoch * each
+        why = "this kind of file or its name" if found.epoch_images else "growth.images_per_level"
+        logger.info("assumed: %s images seen, %s x %s, by %s", f"{images:,}", found.epoch, f"{each:,}", why)
+        return images
+    level = levels(config) - 1 if found.level is None else found.level
+    images = math.ceil(growth.images_per_level * (level + growth.fade)) if level else 0
+    logger.warning(
+        "assumed: %s images seen%s; the file does not say how many: --images does",
+        f"{images:,}",
+        f", where level {level} is faded in" if images else "",
+    )
+    return images

@@ -19,7 +19,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,18 @@ _STYLE_NETWORKS = {
     "generator": "decoder",
     "mapping_tl": "mapping_tl",
     "mapping_fl": "mapping_fl",
+}
+#: Training images of an epoch by data set, which the names of published files begin with.
+_EPOCH_IMAGES = {
+    "ffhq": 60_000,
+    "celebahq": 28_992,  # 16 shards of 1,812
+    "cifar10": 50_000,
+    "svhn": 73_257,
+    "mnist": 60_000,
+    "fmnist": 60_000,
+    "celeb128": 162_770,
+    "celeb256": 162_770,
+    "celeb1024": 29_000,
 }
 _ACCEPTED = (
     "accepted are style, residual, bootstrap, two-dimensional and point cloud checkpoints of Soft-IntroVAE"
@@ -52,6 +64,10 @@ class Published:
     averaged: dict[str, Tensor] | None = None
     #: Finished epochs (iterations for the two-dimensional model), where the file says it.
     epoch: int | None = None
+    #: Images (points of the two-dimensional model) of one of these epochs, where the file says it.
+    epoch_images: int | None = None
+    #: The level of detail that training had reached, 0 for 4x4, where the file says it.
+    level: int | None = None
     #: PyTorch optimizer states by side, "encoder" and "decoder".
     optimizers: dict[str, dict] = field(default_factory=dict)
     #: Networks of the model that the file does not have in usable form.
@@ -64,15 +80,16 @@ class _RunningMean:
 
 
 def read_published(path: str | Path) -> Published:
-    """The weights and architecture of a published checkpoint.
+    """The weights and architecture of a published checkpoint, and how far it was trained.
 
-    Raises CheckpointError, naming the file, where it cannot be read, wants to run code, or is of an unknown
-    kind.
+    Raises CheckpointError, naming the file, where it cannot be read, wants to run code, is of an unknown
+    kind, or contradicts its own name.
     """
     path = Path(path)
     content = _load(path)
     try:
         found = _recognised(content, path)
+        _heed_name(found, path.stem)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
@@ -93,6 +110,42 @@ def _recognised(content: Mapping, path: Path) -> Published:
     if "param_groups" in content:
         raise CheckpointError("the state of an optimizer: give the file with the weights beside it")
     raise CheckpointError(f"it holds {_contents(content)}: {_ACCEPTED}")
+
+
+def _heed_name(found: Published, name: str) -> None:
+    """Adds what a published file says in its name alone. CheckpointError where its content says otherwise."""
+    found.epoch_images = found.epoch_images or _EPOCH_IMAGES.get(name.split("_")[0])
+    if said := re.search(r"epoch_(\d+)", name):
+        epoch = int(said[1])
+        # Files are written before and after an epoch is counted.
+        if found.epoch is not None and abs(found.epoch - epoch) > 1:
+            raise CheckpointError(
+                f"its name says epoch {epoch}, its content epoch {found.epoch}: correct its name"
+            )
+        found.epoch = epoch if found.epoch is None else found.epoch
+    if found.settings["model"]["kind"] == "style":
+        _heed_level(found, name)
+
+
+def _heed_level(found: Published, name: str) -> None:
+    trained, last = found.level, _last_level(found.weights)
+    reason = "the levels above are as they were made"
+    if said := re.search(r"_lod(\d+)", name):
+        found.level = int(said[1])
+        reason = "by its name"
+        if found.level > last:
+            raise CheckpointError(
+                f"its name says level {found.level}, the model's last is {last}: correct its name"
+            )
+        if trained is not None and found.level > trained:
+            raise CheckpointError(
+                f"its name says level {found.level}, but nothing above level {trained} was trained: "
+                "correct its name"
+            )
+    if found.level is None:
+        found.notes.append("nothing says which level it had reached: taken for the last")
+    elif found.level < last:
+        found.notes.append(f"training had reached level {found.level} of {last}: {reason}")
 
 
 def _load(path: Path) -> Mapping:
@@ -155,8 +208,57 @@ def _style(content: Mapping) -> Published:
     size = settings["model"]["resolution"]
     epoch = _style_epoch(auxiliary)
     return Published(
-        f"style model, {size}x{size}", settings, raw, averaged, epoch, optimizers, missing, notes
+        f"style model, {size}x{size}",
+        settings,
+        raw,
+        averaged,
+        epoch,
+        level=_trained_level(raw),
+        optimizers=optimizers,
+        missing=missing,
+        notes=notes,
     )
+
+
+def at_level(found: Published) -> Published:
+    """A style model without the levels that were not trained: a smaller model of the same kind.
+
+    Raises CheckpointError for level 0: a model has 8x8 images at least.
+    """
+    dropped = 0 if found.level is None else _last_level(found.weights) - found.level
+    if not dropped:
+        return found
+    if found.level == 0:
+        raise CheckpointError("only its 4x4 level was trained, and models begin at 8x8: go on training it")
+    raw, averaged = (weights and _without(weights, dropped) for weights in (found.weights, found.averaged))
+    return replace(
+        found, settings={**found.settings, "model": _style_size(raw)}, weights=raw, averaged=averaged
+    )
+
+
+def _without(weights: dict[str, Tensor], dropped: int) -> dict[str, Tensor]:
+    """The weights without the highest levels, which are the encoder's first and the decoder's last."""
+    last, kept = _last_level(weights), {}
+    for name, value in weights.items():
+        found = re.fullmatch(r"(encoder|decoder)\.(\w+)\.(\d+)\.(.+)", name)
+        if found and found[1] == "encoder":
+            index = int(found[3]) - dropped
+            name = None if index < 0 else f"encoder.{found[2]}.{index}.{found[4]}"
+        elif found and int(found[3]) > last - dropped:
+            name = None
+        if name:
+            kept[name] = value
+    return kept
+
+
+def _last_level(weights: dict[str, Tensor]) -> int:
+    return sum(re.fullmatch(r"decoder\.to_rgb\.\d+\.weight", name) is not None for name in weights) - 1
+
+
+def _trained_level(weights: dict[str, Tensor]) -> int | None:
+    """The highest level that has learned anything: the biases of all levels begin at 0."""
+    biases = ((i, weights.get(f"decoder.to_rgb.{i}.bias")) for i in range(_last_level(weights) + 1))
+    return max((i for i, bias in biases if isinstance(bias, Tensor) and bias.any()), default=None)
 
 
 def _style_weights(models: Mapping, suffix: str) -> dict[str, Tensor] | None:
@@ -177,7 +279,7 @@ def _alae_mapping(models: Mapping) -> tuple[str, ...]:
 
 
 def _style_size(weights: dict[str, Tensor]) -> dict:
-    levels = sum(re.fullmatch(r"decoder\.to_rgb\.\d+\.weight", name) is not None for name in weights)
+    levels = _last_level(weights) + 1
     first = weights["encoder.from_rgb.0.weight"]
     return {
         "kind": "style",
@@ -222,7 +324,7 @@ def _densities(content: Mapping, epoch: int | None) -> Published:
         ["skipped: decoder.loggamma, which nothing uses"] if "decoder.loggamma" in content["model"] else []
     )
     settings = {"model": model, "data": {"kind": "density"}}
-    return Published("two-dimensional model", settings, weights, epoch=epoch, notes=notes)
+    return Published("two-dimensional model", settings, weights, epoch=epoch, epoch_images=512, notes=notes)
 
 
 def _residual(weights: dict[str, Tensor], epoch: int | None) -> Published:
@@ -234,8 +336,18 @@ def _residual(weights: dict[str, Tensor], epoch: int | None) -> Published:
     latent = weights["decoder.fc.0.weight"].shape[1]
     features, lagged = weights["encoder.fc.weight"].shape[1], "target_decoder.fc.0.weight" in weights
     final = math.isqrt(features // widths[-1])
-    if features != widths[-1] * final * final or weights["encoder.fc.weight"].shape[0] != 2 * latent:
-        raise CheckpointError("encoder.fc does not fit: models with a condition are not supported")
+    condition = latent - weights["encoder.fc.weight"].shape[0] // 2
+    if condition > 0:
+        raise CheckpointError(
+            f"a model with a condition: its decoder takes {condition} numbers of it beside the "
+            f"{latent - condition} of the latent. No model here takes one: only files trained without a "
+            "condition, as all published ones are, can be converted"
+        )
+    if features != widths[-1] * final * final or condition:
+        raise CheckpointError(
+            f"encoder.fc.weight is {list(weights['encoder.fc.weight'].shape)}, which does not fit a last map "
+            f"of {widths[-1]} channels and a latent of {latent}"
+        )
     resolution = final << len(widths)
     model = {
         "kind": "residual",

@@ -38,20 +38,38 @@ def tracker_module():
 
 
 def style_content(
-    model: StyleModel, averaged: dict[str, Tensor] | None = None, optimizers: dict | None = None
+    model: StyleModel,
+    averaged: dict[str, Tensor] | None = None,
+    optimizers: dict | None = None,
+    epochs: int = 270,
 ) -> dict:
-    """`models` and `auxiliary` without the tracker; `averaged`: weights by our names."""
+    """`models` and `auxiliary` without the tracker; `averaged`: weights by our names; `epochs`: finished."""
     networks = to_published(model.state_dict())
     models = {NETWORKS[name]: networks[name] for name in NETWORKS}
     models["dlatent_avg"] = networks["dlatent_avg"]
     if averaged is not None:
         copies = to_published({**averaged, "dlatent_avg": model.dlatent_avg})
         models |= {f"{NETWORKS[name]}_s": copies[name] for name in NETWORKS}
-    scheduler = {f"{side}_optimizer": {"last_epoch": 271} for side in ("encoder", "decoder")}
+    scheduler = {f"{side}_optimizer": {"last_epoch": epochs + 1} for side in ("encoder", "decoder")}
     auxiliary = {"scheduler": scheduler}
     for side, state in (optimizers or {}).items():
         auxiliary[f"{side}_optimizer"] = state
     return {"models": models, "auxiliary": auxiliary}
+
+
+def half(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Averaged weights that tell themselves from the others."""
+    return {name: parameter.detach() * 0.5 for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def trained_to(level: int, **sizes) -> StyleModel:
+    """A style model in which no level above `level` has left its initial weights."""
+    model = StyleModel(**sizes)
+    for i in range(level + 1):
+        for parameter in [*model.decoder.blocks[i].parameters(), *model.decoder.to_rgb[i].parameters()]:
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 def style_optimizer(model: StyleModel, side: str, second_moments: dict[str, Tensor], steps: int) -> dict:

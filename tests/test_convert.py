@@ -27,7 +27,7 @@ from sivae_fast.models.style_names import from_published, to_published
 from sivae_fast.published import read_published
 from sivae_fast.training.loop import train
 from tests.models.published_fill import filled, sequence
-from tests.published_files import style_content, style_optimizer, write
+from tests.published_files import half, style_content, style_optimizer, write
 
 torch.set_num_threads(1)
 CONTAINERS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -40,10 +40,6 @@ def filled_style(**sizes) -> StyleModel:
     networks = to_published(model.state_dict())
     model.load_state_dict(from_published({name: filled(state) for name, state in networks.items()}))
     return model.eval()
-
-
-def half(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() * 0.5 for name, parameter in model.named_parameters()}
 
 
 @CONTAINERS
@@ -70,7 +66,7 @@ def test_style_checkpoints_give_the_published_outputs(tmp_path, zipped):
 
 def test_a_style_file_says_what_was_found_and_skipped(tmp_path, caplog):
     model = filled_style(resolution=16)
-    source = write(tmp_path / "model_tmp_lod6.pth", style_content(model, half(model)))
+    source = write(tmp_path / "model_tmp_lod2.pth", style_content(model, half(model)))
     with caplog.at_level("INFO", "sivae_fast"):
         convert(source, tmp_path / "a.safetensors")
     assert "style model, 16x16, epoch 270" in caplog.text
@@ -120,6 +116,24 @@ def test_residual_checkpoints(tmp_path, sizes, zipped):
     z = torch.randn(2, sizes["latent_size"])
     assert torch.equal(back.decode(z), model.decode(z))
     assert torch.equal(back.decode_fake(z), model.decode_fake(z))
+
+
+@pytest.mark.parametrize("lagged", [False, True])
+def test_models_with_a_condition_are_refused_by_its_size(tmp_path, lagged):
+    model = ResidualModel(resolution=16, widths=(4, 8), latent_size=4, lagged_decoder=lagged)
+    state = model.state_dict()
+    for name in state:  # the published option: ten numbers beside the features and beside the latent
+        if name in ("encoder.fc.weight", "decoder.fc.0.weight", "target_decoder.fc.0.weight"):
+            state[name] = torch.cat([state[name], torch.zeros(len(state[name]), 10)], dim=1)
+    source = write(tmp_path / "c.pth", {"epoch": 3, "model": state})
+    with pytest.raises(
+        CheckpointError, match=r"c\.pth: a model with a condition: .* takes 10 numbers .* the 4 of"
+    ):
+        read_published(source)
+    state["encoder.fc.weight"] = state["encoder.fc.weight"][:, :-1]
+    state["decoder.fc.0.weight"] = state["decoder.fc.0.weight"][:, :4]
+    with pytest.raises(CheckpointError, match=r"encoder\.fc\.weight is \[8, 137\], which does not fit"):
+        read_published(write(tmp_path / "d.pth", {"epoch": 3, "model": state}))
 
 
 @torch.no_grad()

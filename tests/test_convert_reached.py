@@ -1,0 +1,134 @@
+"""How far a published checkpoint was trained: its level, and where the run that goes on from it begins."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sivae_fast.checkpoint import CheckpointError, load, load_newest
+from sivae_fast.config import ConfigError, make_config
+from sivae_fast.convert import convert, start_run
+from sivae_fast.models.mlp import MLPModel
+from sivae_fast.models.residual import ResidualModel
+from sivae_fast.models.style import StyleModel
+from sivae_fast.published import read_published
+from tests.published_files import half, style_content, trained_to, write
+
+torch.set_num_threads(1)
+SMALL = {"resolution": 32, "start_channels": 4, "max_channels": 16, "latent_size": 8}
+
+
+def low(tmp_path: Path, name: str, level: int, epochs: int) -> tuple[StyleModel, Path]:
+    model = trained_to(level, **SMALL)
+    return model, write(tmp_path / name, style_content(model, half(model), epochs=epochs))
+
+
+@pytest.mark.parametrize("name", ["model_tmp_lod1", "model_tmp_intermediate_lod1", "unnamed"])
+@torch.no_grad()
+def test_levels_that_were_not_trained_are_left_out_of_a_snapshot(tmp_path, caplog, name):
+    model, source = low(tmp_path, f"{name}.pth", 1, 19)
+    with caplog.at_level("INFO", "sivae_fast"):
+        back = load(convert(source, tmp_path / "a.safetensors", raw=True))
+    assert "training had reached level 1 of 3" in caplog.text and "raw weights, 8x8" in caplog.text
+    assert (back.lod, back.config.model.resolution, back.config.model.start_channels) == (1, 8, 16)
+    model.eval().set_level(1, 1.0)
+    x, z = torch.rand(2, 3, 8, 8), torch.randn(2, 8)
+    assert torch.equal(back.encode(x).mean, model.encode(x).mean)
+    assert torch.equal(back.decode(z, noise="bump"), model.decode(z, noise="bump"))
+    averaged = load(convert(source, tmp_path / "b.safetensors"))
+    assert torch.equal(averaged.decoder.const, model.decoder.const / 2)
+
+
+def test_a_file_of_4x4_images_can_only_be_trained_on(tmp_path):
+    source = low(tmp_path, "model_tmp_lod0.pth", 0, 9)[1]
+    with pytest.raises(
+        CheckpointError, match=r"model_tmp_lod0\.pth: only its 4x4 level was trained.*--config"
+    ):
+        convert(source, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model_tmp_lod2.pth", "says level 2, but nothing above level 1 was trained"),
+        ("model_tmp_lod6.pth", "says level 6, the model's last is 3"),
+        ("ffhq_fid_17.55_epoch_270.pth", "says epoch 270, its content epoch 19"),
+    ],
+)
+def test_a_name_that_contradicts_its_file_is_refused(tmp_path, name, message):
+    source = low(tmp_path, name, 1, 19)[1]
+    with pytest.raises(CheckpointError, match=re.escape(f"{name}: its name {message}")):
+        read_published(source)
+
+
+def test_a_name_may_say_a_lower_level_than_the_weights(tmp_path):
+    source = low(tmp_path, "model_tmp_lod1.pth", 3, 19)[1]
+    assert read_published(source).level == 1
+
+
+def grown(tmp_path: Path, images_per_level: int, **values):
+    growth = {"images_per_level": images_per_level}
+    run = {"folder": str(tmp_path)}
+    return make_config({"model": {"kind": "style", **SMALL}, "growth": growth, "run": run, **values})
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "epochs", "images_per_level", "start"),
+    [
+        ("ffhq_fid_17.55_epoch_270.pth", 3, 270, 960_000, 270 * 60_000),
+        ("celebahq_fid_18.63_epoch_230.pth", 3, 230, 960_000, 230 * 28_992),
+        ("model_tmp_lod1.pth", 1, 19, 960_000, 19 * 60_000),
+        ("model_tmp_lod2.pth", 2, 90, 869_760, 90 * 28_992),
+        ("model_tmp_lod2.pth", 2, 90, 1000, 2500),  # of another schedule: where the level is faded in
+        ("model_tmp_lod0.pth", 0, 9, 1000, 0),
+        ("model_tmp_lod0.pth", 0, 16, 960_000, 960_000),  # the last epoch of its level
+        ("model_tmp_intermediate_lod1.pth", 1, 16, 960_000, 960_000),  # the first of its
+    ],
+)
+def test_a_run_starts_after_the_images_that_the_file_has_seen(
+    tmp_path, caplog, name, level, epochs, images_per_level, start
+):
+    source = low(tmp_path, name, level, epochs)[1]
+    with caplog.at_level("INFO", "sivae_fast"):
+        folder = start_run(source, grown(tmp_path, images_per_level))
+    state = load_newest(folder / "checkpoints")[1]
+    assert (state["images"], state["lod"]) == (start, level)
+    assert f"assumed: {start:,} images seen" in caplog.text
+
+
+def test_a_schedule_of_another_level_is_refused_unless_images_are_given(tmp_path, caplog):
+    source = low(tmp_path, "model_tmp_lod1.pth", 1, 40)[1]
+    for images_per_level, images, level in ((960_000, "2,400,000", 2), (0, "0", 3)):
+        config = grown(tmp_path, images_per_level)
+        message = f"lod1.pth had reached level 1, the configuration has level {level} at {images} images"
+        with pytest.raises(ConfigError, match=message + ".*, or --images"):
+            start_run(source, config)
+    folder = start_run(source, grown(tmp_path, 960_000), images=3_000_000)
+    assert "the configuration has level 3 at 3,000,000 images" in caplog.text
+    state = load_newest(folder / "checkpoints")[1]
+    assert (state["images"], state["lod"]) == (3_000_000, 1)  # of the optimizers' state, which is forgotten
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("cifar10_soft_intro_betas_1.0_256_1.0_model_epoch_219_iter_344000.pth", 219 * 50_000),
+        ("mine_soft_intro_betas_1.0_256_1.0_model_epoch_219_iter_344000.pth", 0),
+    ],
+)
+def test_runs_of_residual_checkpoints(tmp_path, name, start):
+    sizes = {"resolution": 16, "widths": (4, 8), "latent_size": 4}
+    source = write(tmp_path / name, {"epoch": 219, "model": ResidualModel(**sizes).state_dict()})
+    model = {"kind": "residual", **sizes}
+    folder = start_run(source, make_config({"model": model, "run": {"folder": str(tmp_path)}}))
+    assert load_newest(folder / "checkpoints")[1]["images"] == start
+
+
+def test_runs_of_two_dimensional_checkpoints(tmp_path):
+    source = write(tmp_path / "d.pth", {"epoch": 5000, "model": MLPModel(width=8).state_dict()})
+    values = {"model": {"kind": "mlp", "width": 8}, "data": {"kind": "density"}}
+    folder = start_run(source, make_config({**values, "run": {"folder": str(tmp_path)}}))
+    assert load_newest(folder / "checkpoints")[1]["images"] == 5000 * 512
