@@ -239,7 +239,7 @@ class PlainStyle(Model):
         if stream.coin(self.style_mixing):
             cutoff = stream.integer(1, 2 * (self.lod + 1))
             second = self._styles(stream.normal(*z.shape, dtype=z.dtype), track=False)
-            layer = torch.arange(styles.shape[1])[None, :, None]
+            layer = torch.arange(styles.shape[1], device=styles.device)[None, :, None]
             styles = torch.where(layer < cutoff, styles, second)
         return self._synthesize(styles, stream, "sample")
 
