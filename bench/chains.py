@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     bandwidth = copy_bandwidth() if device == "cuda" else None
     largest = 256 if device == "cuda" else 64
-    rows = []
+    known, rows = machine(device), []
     for channels, side in sizes(options.config):
         if side not in (options.sides or range(largest + 1)):
             continue
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
                 rows += measure(kind, batch, channels, side, dtype, device, options.seconds, bandwidth)
             print(f"{channels} x {side}x{side}, batch {batch}", flush=True)
     result = {
-        **machine(device),
+        **known,
         "config": Path(options.config).stem,
         "dtype": str(dtype).removeprefix("torch."),
         "clock": "CUDA graph and wall" if device == "cuda" else "processor time, best of single calls",

@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
     options = parser.parse_args(arguments)
-    device, rows = options.device, []
+    device, known, rows = options.device, machine(options.device), []
     for name, version in versions().items():
         error = gate(version, device)
         if error > 1e-4:
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
             values = measured(version, options.batch, points, device, options.seconds)
             rows.append({"version": name, **values, "relative_error": error})
             print(name, "  ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
-    result = {**machine(device), "batch": options.batch, "rows": rows}
+    result = {**known, "batch": options.batch, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / f"chamfer-{device}.json", json.dumps(result, indent=1) + "\n")
 

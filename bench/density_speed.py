@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import commit
 from plain import density_2d
 
 from sivae_fast.config import load_config
@@ -183,14 +184,11 @@ def main() -> None:
     difference = check()
     if difference > 1e-4:
         raise SystemExit(f"losses differ from the plain iteration by {difference:.1e}: nothing timed")
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
-    )
     record = {
         "command": f"python bench/density_speed.py --threads {options.threads}",
         "machine": {"cpu": cpu_name(), "threads": options.threads, "load": os.getloadavg()[0]},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": head.stdout.strip(),
+        "commit": commit(),
         "losses_differ_at_most": difference,
         "matrix_products_alone": products(options.threads),
         **summary(run(options.threads, options.turns)),

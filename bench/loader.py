@@ -17,7 +17,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measure import commit
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -173,13 +173,12 @@ def _cpu_seconds() -> float:
 def machine() -> dict[str, object]:
     """Where the numbers come from."""
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
     names = ("torch", "pillow", "numpy", "nvidia-dali-cuda130")
     return {
         "cpu": model[0].split(": ")[1] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
 
 
@@ -189,7 +188,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "loader-cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    loads = [os.getloadavg()[0]]
+    known, loads = machine(), [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder:
         sets = make_sets(Path(folder))
         rows = rows_of(sets)
@@ -209,7 +208,7 @@ def main() -> None:
         for name, found in rates.items()
     }
     result = {
-        "machine": machine(),
+        "machine": known,
         "load_average_by_round": [round(load, 2) for load in loads],
         "setting": {"images": COUNT, "batch": BATCH, "workers": WORKERS, "bytes_per_image": sizes},
         "rows": table,

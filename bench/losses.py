@@ -298,13 +298,13 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     bandwidth = copy_bandwidth() if device == "cuda" else None
     batches = options.batches or (BATCHES if device == "cuda" else BATCHES[:-1])
-    rows = []
+    known, rows = machine(device), []
     for size in options.sizes:
         for batch in batches:
             rows += measure(size, batch, dtype, device, bandwidth)
             print(f"{size}, batch {batch}: {sum('refused' not in row for row in rows)} rows", flush=True)
     result = {
-        **machine(device),
+        **known,
         "clock": "CUDA graph and wall" if device == "cuda" else "processor time, best of single calls",
         "copy_gb_per_second": bandwidth and bandwidth / 1e9,
         "not_measured": [] if device == "cuda" else ["everything on a GPU"],

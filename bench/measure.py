@@ -16,27 +16,50 @@ import torch
 Call = Callable[[], object]
 
 
+def commit() -> str:
+    """What git says of this repository; where there is none, what the variable SIVAE_COMMIT says."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git
+        return os.environ.get("SIVAE_COMMIT", "unknown")
+    return done.stdout.strip() or os.environ.get("SIVAE_COMMIT", "unknown")
+
+
 def machine(device: str) -> dict:
-    """What a result has to name: hardware, versions, commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
+    """What a result has to name: hardware, versions, commit. To be asked for before measuring."""
     found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {platform.machine()}",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
     }
     if device == "cuda":
         import triton
 
-        found |= {"triton": triton.__version__, "cuda": torch.version.cuda}
+        found |= {"triton": triton.__version__, "cuda": torch.version.cuda, **driver()}
     return found
+
+
+def driver() -> dict[str, str]:
+    """Driver, clocks and power limit of the GPU in use; {} where nvidia-smi does not answer."""
+    wanted = {
+        "driver": "driver_version",
+        "clock_before": "clocks.sm",
+        "clock_limit": "clocks.max.sm",
+        "power_limit": "power.limit",
+    }
+    command = ["nvidia-smi", f"--query-gpu={','.join(wanted.values())}", "--format=csv,noheader"]
+    if uuid := getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None):
+        command += ["-i", f"GPU-{uuid}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = done.stdout.strip().split("\n")[0].split(", ")
+    return dict(zip(wanted, values, strict=True)) if len(values) == len(wanted) else {}
 
 
 def wall(calls: Sequence[Call], device: str, seconds: float = 0.2) -> float:

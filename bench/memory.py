@@ -105,6 +105,12 @@ def main() -> None:
     if options.one:
         print(measure(options.one[0], options.resolution, int(options.one[1])))
         return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    known = {
+        "command": f"python bench/memory.py --resolution {options.resolution}",
+        **machine(device),
+        "resolution": options.resolution,
+    }
     rows = []
     for provider in PROVIDERS:
         for batch in options.batches:
@@ -114,12 +120,6 @@ def main() -> None:
                 raise SystemExit(f"error: {provider} at batch {batch} ended with\n{done.stderr}")
             rows.append({"provider": provider, "batch": batch, "mib": round(float(done.stdout), 1)})
             print(rows[-1], flush=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    known = {
-        "command": f"python bench/memory.py --resolution {options.resolution}",
-        **machine(device),
-        "resolution": options.resolution,
-    }
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / f"memory-{device}.json", json.dumps({**known, "rows": rows}, indent=1) + "\n")
     title = f"{options.resolution}x{options.resolution}, {known['device']}"

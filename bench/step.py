@@ -107,6 +107,7 @@ def providers(device: torch.device) -> dict[str, Callable[[StyleModel], Iteratio
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict:
     """Median seconds an image of each provider at its best batch, and ratios to the plain trainer."""
+    known = machine(device.type)
     torch.manual_seed(0)
     model = StyleModel(options.resolution, start_channels=options.start_channels).to(device)
     rows = []
@@ -122,7 +123,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
     return {
         "command": f"python bench/step.py --resolution {options.resolution} --batches "
         + " ".join(map(str, options.batches)),
-        **machine(device.type),
+        **known,
         "clock": "wall, synchronised" if device.type == "cuda" else "processor time",
         "resolution": options.resolution,
         "parameters": sum(p.numel() for p in model.parameters()),

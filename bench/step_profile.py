@@ -245,6 +245,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = machine(device.type)
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
             options.config, [*options.overrides, f"run.folder={folder}", "engine.kind=torch"]
@@ -255,7 +256,7 @@ def main() -> None:
     found = {
         "config": Path(options.config).stem,
         "overrides": options.overrides,
-        **machine(device.type),
+        **known,
         "clock": "wall, synchronised at every part" if device.type == "cuda" else "processor time",
         "limits": limit,
         **found,
