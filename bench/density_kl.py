@@ -2,7 +2,7 @@
 
     python bench/density_kl.py RUN [RUN ...]     run folders of one density, e.g. of bench/densities.py --runs
 
-Writes bench/results/density_kl.json: for each run, and for the data as their own model, ten pairs of 5,000
+Writes bench/results/density_kl-<density>.json: for each run, and for the data as their own model, ten pairs of 5,000
 points each where the protocol takes one; how far single pairs are apart; what share of the KL comes from bins
 without samples; and how many samples lie in bins that none of 400,000 data points hits.
 """
@@ -22,7 +22,7 @@ from sivae_fast.data.densities import Density
 from sivae_fast.evaluation import density as measures
 from sivae_fast.files import write_text
 
-RESULT = Path(__file__).parent / "results" / "density_kl.json"
+RESULTS = Path(__file__).parent / "results"
 PAIRS = 10
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         found[model.config.run.name] = {"images": model.images, **look(draw, data)}
         print(model.config.run.name, json.dumps(found[model.config.run.name], indent=1), flush=True)
     record = {"command": "python bench/density_kl.py RUN ...", **machine("cpu"), "models": found}
-    write_text(RESULT, json.dumps(record, indent=1) + "\n")
+    write_text(RESULTS / f"density_kl-{data.name}.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
