@@ -39,8 +39,9 @@ def load_features(
 ) -> Features:
     """The feature network `kind`, on `device`.
 
-    "inception": Inception-v3 as published FIDs use it (2048 features, TensorFlow's weights), by
-        torch-fidelity; `weights` is the file or the folder it lies in.
+    "inception": Inception-v3 as published FIDs use it, that is as pytorch-fid does (2048 features,
+        TensorFlow's weights, PyTorch's resizing), with torch-fidelity's layers; `weights` is the file or the
+        folder it lies in.
     "random": a small convolutional network with fixed random weights. It tells sets of images apart, needs no
         file and is comparable with nothing but itself.
     Raises ValueError for other kinds and for a damaged file, FileNotFoundError and ImportError saying what to
@@ -61,7 +62,33 @@ def load_features(
     network = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
     )
-    return Features("inception-v3-compat 2048", _First(network.to(device).eval()), True)
+    return Features("inception-v3 2048, as pytorch-fid", Inception(network).to(device).eval(), True)
+
+
+class Inception(nn.Module):
+    """torch-fidelity's Inception-v3 on images prepared as pytorch-fid does, uint8 [B, 3, H, W] -> [B, 2048].
+
+    Layers and weights of the two are the same. torch-fidelity's own forward pass resizes as TensorFlow 1 did
+    and scales by (x - 128) / 128, so its FIDs are others; Soft-IntroVAE was measured as pytorch-fid does.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        layers = dict(network.named_children())
+        layers.pop("fc")  # of the classes; the features are what it would take
+        self.layers = nn.Sequential(*layers.values())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(prepared(images)).flatten(1)
+
+
+def prepared(images: Tensor) -> Tensor:
+    """uint8 [B, C, H, W] as pytorch-fid gives it to Inception: float32 [B, C, 299, 299] in [-1, 1].
+
+    Bilinear between the centres of pixels, without smoothing where it shrinks.
+    """
+    x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
+    return 2 * x - 1
 
 
 class RandomNetwork(nn.Module):
@@ -82,15 +109,6 @@ class RandomNetwork(nn.Module):
         for weight in (self.weight_0, self.weight_1, self.weight_2):
             x = F.leaky_relu(F.conv2d(x, weight, padding=1, stride=2 if x.shape[-1] >= 8 else 1), 0.2)
         return torch.cat([x.mean(dim=(2, 3)), x.std(dim=(2, 3), correction=0)], dim=1)
-
-
-class _First(nn.Module):
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)[0]
 
 
 def _weights_file(weights: str | os.PathLike | None) -> Path:

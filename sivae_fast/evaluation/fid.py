@@ -1,7 +1,7 @@
 """How far generated images are from real ones, in the features of a network.
 
 FID (Heusel et al., 2017), KID (Binkowski et al., 2018), precision and recall (Kynkaanniemi et al., 2019),
-density and coverage (Naeem et al., 2020). With Inception features the numbers are those of torch-fidelity.
+density and coverage (Naeem et al., 2020). From the same features torch-fidelity has the same first four.
 """
 
 from __future__ import annotations

@@ -1,5 +1,9 @@
+import importlib
+import importlib.util
 import os
 import socket
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -7,8 +11,8 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
-from sivae_fast.evaluation import fid
-from sivae_fast.evaluation.features import WEIGHTS, RandomNetwork, load_features
+from sivae_fast.evaluation import features, fid
+from sivae_fast.evaluation.features import WEIGHTS, RandomNetwork, load_features, prepared
 from sivae_fast.evaluation.fid import (
     METRICS,
     Moments,
@@ -172,6 +176,99 @@ def test_missing_and_wrong_inception_weights_say_where_to_get_them(tmp_path):
         load_features("inception", tmp_path)
     with pytest.raises(ValueError, match="must be one of inception, random"):
         load_features("vgg")
+
+
+def test_images_are_prepared_as_published_fids_prepare_them():
+    """Pixel i of 299 is read at (i + 1/2) n / 299 - 1/2 of n, or the nearest centre; 0 to 255 is -1 to 1.
+
+    TensorFlow 1 reads it at i n / 299, which moves small images by half of one of their pixels.
+    """
+    pixels = torch.tensor([0, 51, 255, 102])
+    row = lambda place: (
+        pixels[int(place)] + (place % 1) * (pixels[min(int(place) + 1, 3)] - pixels[int(place)])
+    )
+    places = [min(max((i + 0.5) * 4 / 299 - 0.5, 0.0), 3.0) for i in range(299)]
+    expected = torch.tensor([2 * row(place) / 255 - 1 for place in places])
+    for image in (pixels.expand(1, 3, 4, 4), pixels.view(1, 1, 4, 1).expand(1, 3, 4, 4)):
+        found = prepared(image.to(torch.uint8))
+        assert found.shape == (1, 3, 299, 299) and found.dtype == torch.float32
+        along = found[0, 0, 7] if image[0, 0, 0, 1] else found[0, 0, :, 7]
+        torch.testing.assert_close(along, expected, rtol=0, atol=2e-6)
+        assert torch.equal(found[0, 0], found[0, 2])
+    # By hand: the first 37 lie before the first centre, the middle one halfway between the second and third.
+    assert expected[0] == expected[36] == -1 and expected[37] > -1
+    assert expected[149] == pytest.approx(2 * (51 + 255) / 2 / 255 - 1)
+
+
+def test_images_that_shrink_are_not_smoothed():
+    """598 -> 299 takes the mean of the two centres about each, and leaves out nothing between."""
+    images = torch.randint(0, 256, (1, 3, 598, 598), generator=torch.Generator().manual_seed(0)).byte()
+    expected = torch.nn.functional.avg_pool2d(images.float(), 2) / 127.5 - 1
+    torch.testing.assert_close(prepared(images), expected, rtol=0, atol=1e-5)
+    dots = torch.zeros(1, 3, 897, 897, dtype=torch.uint8)
+    dots[..., ::3, ::3] = 255  # between the centres that 897 -> 299 reads
+    assert (prepared(dots) == -1).all()
+
+
+@pytest.fixture
+def inception_module(monkeypatch):
+    """torch-fidelity's file of the network, also where torchvision is missing: only other files need it."""
+    package = importlib.util.find_spec("torch_fidelity")
+    if package is None:
+        pytest.skip("torch-fidelity is not installed")
+    bare = types.ModuleType("torch_fidelity")
+    bare.__path__ = list(package.submodule_search_locations)
+    if importlib.util.find_spec("torchvision") is None:
+        sys.modules["torch_fidelity"] = bare
+    yield importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    if sys.modules["torch_fidelity"] is bare:  # other tests find out that it is incomplete
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def inception(inception_module, monkeypatch, tmp_path):
+    """Our features and torch-fidelity's network, with the same random weights; the real are large."""
+    network, path = inception_module.FeatureExtractorInceptionV3, tmp_path / WEIGHTS
+    torch.manual_seed(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", lambda *args, **options: None)
+        patched.setattr(network, "load_state_dict", lambda self, state: None)
+        theirs = network("any", ["2048"], feature_extractor_weights_path=str(path))
+    torch.save(theirs.state_dict(), path)
+    monkeypatch.setattr(features, "_weights_file", lambda weights: path)
+    return load_features("inception"), theirs
+
+
+def test_inception_is_all_layers_of_torch_fidelity_after_the_published_preparation(
+    inception, inception_module, monkeypatch
+):
+    ours, theirs = inception
+    pictures = images(2, 0)
+    assert ours.comparable and ours.name == "inception-v3 2048, as pytorch-fid"
+    as_tensorflow = theirs(pictures)[0]
+    # Their pass resizes and then scales by (x - 128) / 128: with this as its resizing it has our input.
+    monkeypatch.setattr(
+        inception_module,
+        "interpolate_bilinear_2d_like_tensorflow1x",
+        lambda x, **options: prepared(x.to(torch.uint8)) * 128 + 128,
+    )
+    found, expected = ours(pictures), theirs(pictures)[0]
+    assert found.shape == (2, 2048) and found.dtype == torch.float32
+    scale = expected.std(0).mean().item()
+    assert scale > 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3 * scale)
+    assert (as_tensorflow - expected).abs().mean() > 0.01 * expected.abs().mean()
+
+
+def test_inception_in_train_mode_normalises_batches_as_the_published_residual_fid_did(inception):
+    ours, _ = inception
+    pictures = images(4, 0)
+    alone, together = ours(pictures[:2]), ours(pictures)[:2]
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-6)
+    ours.network.train()
+    alone, together = ours(pictures[:2]), ours(pictures)[:2]
+    assert (alone - together).norm() > 0.05 * together.norm()
 
 
 def test_agrees_with_torch_fidelity_on_two_folders(tmp_path):
