@@ -74,7 +74,8 @@ def start_run(
     try:
         model = _filled(config, found.weights, source)
     except CheckpointError as error:
-        right = ", ".join(f"model.{name}={value}" for name, value in found.settings["model"].items())
+        model = found.settings["model"].items()
+        right = " ".join(f"model.{name}={value}".replace(" ", "") for name, value in model)
         raise ConfigError(f"the configuration is of another model ({error}); the file's is {right}") from None
     tensors = _of_file("model", model.state_dict(), found.weights)
     if config.average.half_life:

@@ -372,15 +372,15 @@ def _pointnet(content: Mapping, path: Path) -> Published:
         model["prior_std"] = float(json.loads(beside.read_text(encoding="utf-8")).get("prior_std", 0.2))
     else:
         notes.append("no config.json beside the file: prior_std is taken as 0.2, the published value")
-    epoch = re.match(r"\d+", path.stem)
+    epoch = re.match(r"(?:[a-z]+_)?(\d+)", path.stem)  # the trainer's names, or with the class before
     if epoch:
         for side in ("encoder", "decoder"):
-            other = path.with_name(f"{epoch[0]}_optim_{side[0]}.pth")
+            other = path.with_name(f"{epoch[1]}_optim_{side[0]}.pth")
             if other.is_file():
                 optimizers[side] = _load(other)
     data = {"kind": "pointclouds", "points": points}
     settings = {"model": model, "data": data, "objective": {"reconstruction": "chamfer"}}
     title = f"point cloud model, {points} points"
     return Published(
-        title, settings, weights, epoch=int(epoch[0]) if epoch else None, optimizers=optimizers, notes=notes
+        title, settings, weights, epoch=int(epoch[1]) if epoch else None, optimizers=optimizers, notes=notes
     )

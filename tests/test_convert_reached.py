@@ -12,6 +12,7 @@ from sivae_fast.checkpoint import CheckpointError, load, load_newest
 from sivae_fast.config import ConfigError, make_config
 from sivae_fast.convert import convert, start_run
 from sivae_fast.models.mlp import MLPModel
+from sivae_fast.models.pointnet import PointNetModel
 from sivae_fast.models.residual import ResidualModel
 from sivae_fast.models.style import StyleModel
 from sivae_fast.published import read_published
@@ -132,3 +133,14 @@ def test_runs_of_two_dimensional_checkpoints(tmp_path):
     values = {"model": {"kind": "mlp", "width": 8}, "data": {"kind": "density"}}
     folder = start_run(source, make_config({**values, "run": {"folder": str(tmp_path)}}))
     assert load_newest(folder / "checkpoints")[1]["images"] == 5000 * 512
+
+
+@pytest.mark.parametrize(
+    "name", ["01618_jsd_0.0175", "chair_01618_jsd_0.0175", "chair_epoch_1618_jsd_0.0175"]
+)
+def test_point_cloud_files_say_their_epoch_in_their_name(tmp_path, name):
+    state = PointNetModel(points=20, latent_size=6).state_dict()
+    for key, value in state.items():
+        if key.startswith("encoder.conv") and value.ndim == 2:
+            state[key] = value[:, :, None].clone()
+    assert read_published(write(tmp_path / f"{name}.pth", state)).epoch == 1618
