@@ -26,7 +26,10 @@ from sivae_fast.kernels.style import activate_normalize, reference
 
 CHAINS = ("decoder", "encoder")
 DIRECTIONS = ("forward", "backward", "both")
-LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+LIMITS = {torch.bfloat16: (1e-2, 1e-2), torch.float32: (1e-4, 1e-4)}  # of values, of gradients
+#: Of plain PyTorch and what is compiled from it in bf16, which rounds after every operation: sums that nearly
+#: cancel, as the gradient of a bias before a normalization, lose a quarter. The operator sums in float32.
+OF_PLAIN = {**LIMITS, torch.bfloat16: (2e-2, 0.5)}
 Chain = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -90,12 +93,15 @@ class Case:
         return torch.autograd.grad(outputs[: len(self.by)], self.wanted, self.by, retain_graph=True)
 
 
-def misses(run: Chain, case: Case, exact: list[Tensor]) -> float:
-    """Largest error of values and gradients against float64, over the largest entry of each."""
+def misses(run: Chain, case: Case, exact: list[Tensor]) -> tuple[float, float]:
+    """Largest relative error (norm over norm) of values and of gradients against float64.
+
+    Norms: where the argument of the leaky ReLU rounds to the other sign single gradients are 0.8 off.
+    """
     outputs = run(*case.inputs)
     found = [*outputs, *case.backward(outputs)]
-    pairs = zip(found, exact, strict=True)
-    return max(((f.double() - e).abs().max() / e.abs().max()).item() for f, e in pairs)
+    errors = [((f.double() - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True)]
+    return max(errors[: len(outputs)]), max(errors[len(outputs) :])
 
 
 def call(run: Chain, case: Case, direction: str) -> Callable[[], object]:
@@ -117,11 +123,13 @@ def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> l
     base = {"chain": kind, "batch": batch, "channels": channels, "side": side}
     rows, sound = [], {}
     for name, run in providers(device).items():
-        error = misses(run, case, exact)
-        if error <= LIMITS[dtype]:
-            sound[name] = (run, error)
+        errors = misses(run, case, exact)
+        limits = (LIMITS if name == "fused" else OF_PLAIN)[dtype]
+        known = dict(zip(("error", "gradient_error"), errors, strict=True))
+        if all(error <= limit for error, limit in zip(errors, limits, strict=True)):  # NaN is refused, too
+            sound[name] = (run, known)
         else:
-            rows.append({**base, "provider": name, "refused": "misses float64", "error": error})
+            rows.append({**base, "provider": name, "refused": "misses float64", **known})
     del exact
     for direction in DIRECTIONS:
         makers = {
@@ -134,12 +142,12 @@ def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> l
             graphs = {name: Captured(make) for name, make in makers.items()}
             times["gpu_ms"] = rounds({name: graph.seconds for name, graph in graphs.items()}, 5)
         least = passes(side, direction) * case.inputs[0].numel() * case.inputs[0].element_size()
-        for name, (_, error) in sound.items():
+        for name, (_, errors) in sound.items():
             row = {
                 **base,
                 "provider": name,
                 "direction": direction,
-                "error": error,
+                **errors,
                 "least_mib": least / 2**20,
             }
             row |= {clock: 1e3 * found[name] for clock, found in times.items()}

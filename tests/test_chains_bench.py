@@ -50,3 +50,23 @@ def test_times_stand_beside_errors_and_what_is_wrong_gets_none(chains, tmp_path,
 def test_maps_are_those_of_the_configuration(chains):
     found = chains.sizes(str(ROOT / "launch/configs/ffhq256.yaml"))
     assert found == [(64, 256), (128, 128), (256, 64), (512, 32), (512, 16), (512, 8), (512, 4)]
+
+
+def errors(chains, run, dtype):
+    case = chains.Case("decoder", 2, 16, 16, dtype, "cpu")
+    wide = case.double()
+    outputs = chains.plain(*wide.inputs)
+    return chains.misses(run, case, [*outputs, *wide.backward(outputs)])
+
+
+def test_bf16_is_within_its_limits_and_a_tenth_of_the_values_is_not(chains):
+    values, gradients = errors(chains, chains.plain, torch.bfloat16)
+    limits = chains.OF_PLAIN[torch.bfloat16]
+    assert values < limits[0] and gradients < limits[1]
+
+    def wrong(x, *others):
+        y, variance, mean = chains.plain(x, *others)
+        return torch.cat([1.1 * y[:, :2], y[:, 2:]], 1), variance, mean
+
+    assert errors(chains, wrong, torch.bfloat16)[0] > limits[0]
+    assert errors(chains, chains.plain, torch.float32)[1] < 1e-5
