@@ -52,3 +52,16 @@ def test_times_stand_beside_errors_and_what_is_wrong_gets_none(losses, tmp_path,
     with open(tmp_path / "losses-cpu.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(found["rows"])
     assert (tmp_path / "losses-cpu.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("size", ["plane", "image32"])
+def test_plain_formulas_in_bf16_are_not_refused_at_random_and_the_fused_ones_stay_strict(losses, size):
+    for seed in range(10):
+        torch.manual_seed(seed)
+        inputs = losses.Inputs.make(size, 4, torch.bfloat16, "cpu")
+        for name, run in {"plain": losses.plain, "fused": losses.fused(inputs)}.items():
+            assert losses.sound_errors(name, losses.misses(run, inputs), torch.bfloat16)
+    rounded = {"loss_error": 1e-3, "gradient_error": 1e-3}
+    assert not losses.sound_errors("fused", rounded, torch.bfloat16)
+    assert not losses.sound_errors("plain", rounded, torch.float32)
+    assert not losses.sound_errors("plain", {**rounded, "loss_error": float("nan")}, torch.bfloat16)
