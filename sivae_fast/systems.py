@@ -34,6 +34,8 @@ def make_objective(config: Config, input_shape: tuple[int, ...]):
     common = {
         "beta_rec": settings.beta_rec,
         "beta_kl": settings.beta_kl,
+        "huber_delta": settings.huber_delta,
+        "logvar_clamp": settings.logvar_clamp,
         "prior_std": getattr(config.model, "prior_std", 1.0),
     }
     if getattr(config.model, "swapped_fakes", False):

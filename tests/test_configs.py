@@ -14,7 +14,7 @@ from launch.train import main
 from sivae_fast.cli import parser
 from sivae_fast.config import ConfigError, load_config
 from sivae_fast.data.convert import Recipe
-from sivae_fast.systems import make_model, make_schedule
+from sivae_fast.systems import make_model, make_objective, make_schedule
 from sivae_fast.training.iteration import check_batches
 
 ROOT = Path(__file__).parents[1]
@@ -122,3 +122,10 @@ def test_wrong_bounds_are_named(setting, message):
     with pytest.raises(ConfigError) as caught:
         load("cifar10", f"objective.{setting}")
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("kind", ["vae", "introvae", "soft_introvae"])
+def test_bounds_reach_the_objective(kind):
+    own = ["objective.huber_delta=0.5", "objective.logvar_clamp=[-20,20]", "objective.margin=5"]
+    objective = make_objective(load("cifar10", f"objective.kind={kind}", *own), (3, 32, 32))
+    assert (objective.huber_delta, objective.logvar_clamp) == (0.5, (-20.0, 20.0))

@@ -234,7 +234,7 @@ def distributed(kind: str, timeout: int) -> Iterator[tuple[int, int, torch.devic
         device = torch.device("cuda", local)
     else:
         device = torch.device("cpu")
-    limit = timedelta(seconds=timeout)
+    limit, failed = timedelta(seconds=timeout), True
     try:
         with reasons_shared(rank, timeout):
             if world > 1 or kind == "deepspeed":
@@ -243,8 +243,10 @@ def distributed(kind: str, timeout: int) -> Iterator[tuple[int, int, torch.devic
                 store = meeting_point(rank, world, limit)
                 dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
             yield rank, world, device
+        failed = False
     finally:
-        if dist.is_initialized():
+        # NCCL's end waits for collectives that a lost rank never joins; the process is about to end anyway.
+        if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
             dist.destroy_process_group()
 
 

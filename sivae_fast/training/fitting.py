@@ -18,7 +18,7 @@ from sivae_fast.training.agreement import everywhere, of_first_rank, on_all_rank
 from sivae_fast.training.compiling import forget_compiled
 from sivae_fast.training.engine import bucket_bytes
 from sivae_fast.training.iteration import Iteration, check_batches
-from sivae_fast.training.memory import free_memory, limited
+from sivae_fast.training.memory import free_memory, limited, ran_out
 
 logger = logging.getLogger("sivae_fast")
 
@@ -76,7 +76,9 @@ class Rehearsal(Iteration):
         try:
             for _ in range(2 if first else 1):
                 self.iterate(self._input(stage), stage)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             fits = False
         for engine in self.engines.values():
             engine.optimizer.zero_grad(set_to_none=True)

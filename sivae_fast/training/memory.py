@@ -11,6 +11,7 @@ import torch
 
 from sivae_fast.config import ConfigError
 
+_OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt in glibc's malloc.h
 _LARGEST_MMAP_THRESHOLD = 32 << 20
 
@@ -44,6 +45,11 @@ def limited(gpu: torch.device, option: str, share: float, reserved: int = 0) -> 
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before, gpu)
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether memory was missing: near the limit cuBLAS and cuDNN say so in words of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def free_memory(device: torch.device) -> None:

@@ -20,14 +20,14 @@ from tests.training.conftest import ROOT, TINY, environment
 ALONE = 0, 1, torch.device("cpu")
 
 
-def fill(monkeypatch, numbers: int) -> list[int]:
+def fill(monkeypatch, numbers: int, error: type = torch.OutOfMemoryError, words: str = "") -> list[int]:
     """From now on a pass over more than `numbers` runs out of memory; gives the images of all passes."""
     passes, whole = [], Step.encoder_phase
 
     def encoder_phase(step, x, draws):
         passes.append(len(x))
         if x.numel() > numbers:
-            raise torch.OutOfMemoryError(f"{x.numel()} numbers")
+            raise error(words or f"{x.numel()} numbers")
         return whole(step, x, draws)
 
     monkeypatch.setattr(Step, "encoder_phase", encoder_phase)
@@ -104,6 +104,16 @@ def test_resumed_run_keeps_its_batch_where_memory_differs(residual, monkeypatch)
     assert train(residual("parts", batch="auto")) == first
     assert passes == [8, 8]  # nothing was tried
     assert_same(whole, first)
+
+
+def test_libraries_say_in_their_own_words_that_memory_is_missing(residual, monkeypatch):
+    words = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    fill(monkeypatch, 8 * 192, RuntimeError, words)
+    assert batch_of(train(residual("found", batch="auto"))) == 8
+    monkeypatch.undo()
+    fill(monkeypatch, 8 * 192, RuntimeError, "CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train(residual("other", batch="auto"))
 
 
 def test_found_micro_batch_leaves_the_batch_as_it_is(residual, monkeypatch):
