@@ -1,6 +1,7 @@
-"""The configurations of the residual model are the published sizes."""
+"""The configurations of images have the published sizes and values."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,9 +13,75 @@ from sivae_fast.data import dali, pixels
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.evaluation.batchnorm import batch_norms
 from sivae_fast.models.residual import SIZES
-from sivae_fast.systems import make_data, make_model, make_objective
+from sivae_fast.systems import make_data, make_model, make_objective, make_schedule
 
 CONFIGS = Path(__file__).parent.parent / "launch" / "configs"
+
+
+class Values(NamedTuple):
+    """Of a residual model; epochs and the pictures of one give train.images."""
+
+    beta_kl: float
+    beta_rec: float
+    beta_neg: float
+    latent_size: int
+    batch: int
+    epochs: int
+    pictures: int
+    flip: bool
+
+
+# As published, but for what the comment beside says.
+RESIDUAL = {
+    "cifar10": Values(1, 1, 256, 128, 32, 250, 50_000, False),
+    "bootstrap-cifar10": Values(1, 1, 256, 128, 32, 250, 50_000, False),
+    "svhn": Values(1, 1, 256, 128, 32, 250, 73_257, False),
+    "mnist": Values(1, 1, 128, 32, 128, 200, 60_000, False),  # beta_neg was 256, and 128 later
+    "fmnist": Values(1, 1, 256, 32, 128, 200, 60_000, False),
+    "monsters128": Values(0.2, 0.2, 256, 128, 16, 400, 4_000, True),
+    "celeb256": Values(1, 0.5, 1024, 256, 8, 250, 162_770, True),  # the other source has 0.5 and 1
+    "celeb128": Values(1, 0.5, 1024, 256, 8, 250, 162_770, True),  # not published: as celeb256
+    "celeb1024": Values(1, 0.5, 1024, 256, 4, 250, 29_000, True),  # the same
+}
+# beta_rec, epochs at one level, pictures, learning rate of the last level
+STYLE = {"ffhq256": (0.1, 16, 60_000, 0.002), "celebahq256": (0.05, 30, 28_992, 0.0015)}
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_residual_models_train_with_the_published_values(name):
+    config, values = load_config(CONFIGS / f"{name}.yaml"), RESIDUAL[name]
+    objective, train, optim = config.objective, config.train, config.optim
+    found = (objective.beta_kl, objective.beta_rec, objective.beta_neg, config.model.latent_size, train.batch)
+    assert found == values[:5]
+    assert train.images == values.epochs * values.pictures
+    assert config.data.flip is values.flip
+    assert (objective.kind, objective.reconstruction, objective.alpha) == ("soft_introvae", "sse", 2)
+    assert objective.scale is None and config.average.half_life is None and train.warmup_images == 0
+    assert (optim.learning_rate, optim.betas, optim.eps) == (2e-4, (0.9, 0.999), 1e-8)
+    assert not optim.published_eps and optim.drop_factor == 0.1
+    # The rate falls at epoch 350, which most end before.
+    drops = (350 * values.pictures,) if values.epochs > 350 else ()
+    assert optim.drops == drops
+
+
+@pytest.mark.parametrize("name", STYLE)
+def test_style_models_train_with_the_published_values(name):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    beta_rec, epochs, pictures, last_rate = STYLE[name]
+    model, objective, train, optim = config.model, config.objective, config.train, config.optim
+    assert (model.resolution, model.start_channels, model.max_channels) == (256, 64, 512)
+    assert (model.latent_size, model.mapping_layers, model.style_mixing) == (512, 8, 0.9)
+    assert (objective.beta_kl, objective.beta_rec, objective.scale) == (0.2, beta_rec, 5e-6)
+    assert (config.data.flip, config.data.value_range) == (True, "symmetric")
+    assert (config.growth.images_per_level, config.growth.fade) == (epochs * pictures, 0.5)
+    assert (train.images, train.warmup_images) == (300 * pictures, pictures)
+    assert (optim.betas, optim.eps, optim.published_eps, optim.drops) == ((0, 0.99), 1e-8, True, ())
+    assert config.average.half_life == 10_000
+    schedule = make_schedule(config)
+    stages = schedule.stages()
+    assert [stage.beta_neg for stage in stages] == [2048, 2048, 2048, 1024, 512, 512, 512]
+    assert [stage.batch for stage in stages] == [512, 256, 128, 64, 32, 32, 32]
+    assert [stage.learning_rate for stage in stages] == [0.0015] * 6 + [last_rate]
 
 
 @pytest.mark.parametrize("name", SIZES)

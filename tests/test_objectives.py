@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sivae_fast import VAE, IntroVAE, LinearIntroVAE, Posterior, SoftIntroVAE, Term, check_statistics
+from tests.models.published_fill import sequence
 
 
 def batch(seed=0, dtype=torch.float64, samples=4):
@@ -47,6 +48,25 @@ def test_soft_intro_vae():
     same(objective.decoder(Term(real.target, real.prediction), *alone), 0.02 * want)
     want = want + 0.25 * 0.5 * 0.5 * (sse(rec) + sse(fake)).mean()
     same(objective.decoder(Term(real.target, real.prediction), rec=rec, fake=fake), 0.02 * want)
+
+
+def test_golden_values():
+    """Computed once in float64 by the published implementation."""
+    posterior = Posterior(sequence(3, 2, 16), sequence(4, 2, 16))
+    term = Term(sequence(5, 2, 3, 4, 4), sequence(6, 2, 3, 4, 4), posterior)
+    objective = SoftIntroVAE(beta_rec=0.1, beta_kl=1.0, beta_neg=512.0, scale=5e-6)
+    loss, found = objective.encoder(term, term, term)
+    for name, golden in {
+        "rec_fake": [31.731473608, 31.731473608],
+        "kl_fake": [4.19906758323, 4.14953369873],
+        "exp_elbo_fake": [0.97869918, 0.97894742],
+        "exp_elbo_rec": [0.97869918, 0.97894742],
+    }.items():
+        assert found[name].tolist() == pytest.approx(golden, rel=1e-8), name
+    exp_elbo = 0.978823300316
+    assert found["exp_elbo_fake"].mean().item() == pytest.approx(exp_elbo, rel=1e-11)
+    base = 5e-6 * (0.1 * 31.731473608 + (4.19906758323 + 4.14953369873) / 2)
+    assert loss.item() == pytest.approx(base + 0.5 * exp_elbo, rel=1e-11)
 
 
 @pytest.mark.parametrize("hinge", ["sample", "batch"])
