@@ -22,18 +22,26 @@ START, END = "<!-- table: python bench/table.py -->\n", "<!-- end of table -->"
 
 
 def _step(found: dict) -> str:
-    best = {name: row["seconds_an_image"] for name, row in found["best"].items()}
-    ours = min((name for name in best if name.startswith("minimal")), key=best.get)
-    others = [
-        f"**{best[ours] / best[name]:.2f}** of the time of {said}"
-        for name, said in (
-            ("plain", "the plain published trainer"),
-            ("plain, compiled, bf16", "the same compiled in bf16"),
-            ("published schedule", "all its passes in this project"),
-        )
-        if name in best
-    ]
-    return f"{', '.join(others)} ({1e3 * best[ours]:.0f} ms an image, {found['device']})"
+    """The fastest minimal provider of each precision beside the others of the same precision."""
+    best, lines = {name: row["seconds_an_image"] for name, row in found["best"].items()}, []
+    for half in (False, True):
+        same = {name: seconds for name, seconds in best.items() if ("bf16" in name) == half}
+        ours = min((name for name in same if name.startswith("minimal")), key=same.get, default=None)
+        if ours is None:
+            continue
+        others = [
+            f"**{same[ours] / same[name]:.2f}** of the time of {said}"
+            for name, said in (
+                ("plain", "the plain published trainer"),
+                ("plain, TF32", "the same with TF32"),
+                ("plain, compiled, bf16", "the plain published trainer, compiled, in bf16"),
+                ("published schedule", "all its passes in this project"),
+            )
+            if name in same
+        ]
+        name = "" if ours == "minimal" else f"{ours}: "
+        lines.append(f"{name}{', '.join(others)} ({1e3 * same[ours]:.0f} ms an image, {found['device']})")
+    return "; ".join(lines)
 
 
 def _small(found: dict) -> str:
