@@ -25,6 +25,8 @@ def step(monkeypatch):
 
 def test_all_providers_compute_the_published_update(step):
     assert step.largest_difference() < 1e-10
+    assert step.largest_difference(dtype=torch.float32) < 1e-4
+    assert step.largest_difference(dtype=torch.float32, autocast=torch.bfloat16) < 0.5
 
 
 def test_a_different_update_is_noticed_and_not_timed(step, monkeypatch):
@@ -35,6 +37,14 @@ def test_a_different_update_is_noticed_and_not_timed(step, monkeypatch):
     monkeypatch.setattr(step, "measure", lambda *_: pytest.fail("timed"))
     with pytest.raises(SystemExit, match="no timing"):
         step.main()
+
+
+def test_matrix_products_are_tf32_for_the_one_baseline_alone(step):
+    matmul, seen = torch.backends.cuda.matmul, []
+    iteration = step.WithTF32(lambda x, draws: seen.append(matmul.allow_tf32))
+    iteration(None, None)
+    assert seen == [True] and not matmul.allow_tf32
+    assert "plain, TF32" in step.providers(torch.device("cuda"))
 
 
 def test_a_captured_step_is_the_eager_one(step, monkeypatch):
