@@ -55,12 +55,17 @@ def _small(found: dict) -> str:
 
 
 def _memory(found: dict) -> str:
-    batch = max(row["batch"] for row in found["rows"])
-    mib = {row["provider"]: row["mib"] for row in found["rows"] if row["batch"] == batch}
+    """From the smallest to the largest batch."""
+    mib = {(row["provider"], row["batch"]): row["mib"] for row in found["rows"]}
+    batches = sorted({batch for _, batch in mib})
+    batches = list(dict.fromkeys([batches[0], batches[-1]]))
+    plain = [mib["plain", batch] for batch in batches]
+    to = lambda values, digits: " to ".join(f"{value:.{digits}f}" for value in values)
+    ratio = lambda name: to((mib[name, b] / value for b, value in zip(batches, plain, strict=True)), 2)
     return (
-        f"**{mib['minimal'] / mib['plain']:.2f}** of the plain published trainer's, "
-        f"**{mib['minimal, recomputing'] / mib['plain']:.2f}** with `train.recompute` "
-        f"({mib['plain']:.0f} MiB at batch {batch}, {found['device']})"
+        f"**{ratio('minimal')}** of the plain published trainer's, "
+        f"**{ratio('minimal, recomputing')}** with `train.recompute` "
+        f"(at batch {to(batches, 0)}, where plain takes {to(plain, 0)} MiB, {found['device']})"
     )
 
 
@@ -72,8 +77,16 @@ def _loader(found: dict, kind: str) -> str:
     ratio = found["ratios"][f"{kind}: DALI / DataLoader (processes)"]
     return (
         f"**{ratio['cpu']:.2f}** times the images per core second ({ours:.0f} against {theirs:.0f}); "
-        f"{ratio['wall']:.2f} times in wall time on {found['machine']['cores']} CPU cores"
+        f"{ratio['wall']:.2f} times in wall time on {found['machine']['cores']} CPU cores{_busy(found)}"
     )
+
+
+def _busy(found: dict) -> str:
+    """The load where there was more to do than the cores could."""
+    loads = found["load_average_by_round"]
+    if max(loads) <= found["machine"]["cores"]:
+        return ""
+    return f", which other programs kept busy, too (load {min(loads):.1f} to {max(loads):.1f})"
 
 
 def _density(found: dict) -> str:
@@ -87,13 +100,15 @@ def _density(found: dict) -> str:
 def _samples(found: dict) -> str:
     """KL of Soft-IntroVAE's samples, in the paper's units, beside others' and the data's own."""
     kl = {(row["density"], row["model"]): row["scores"]["kl"] for row in found["rows"]}
+    seeds = {row["seeds"] for row in found["rows"] if row["model"] != "the data itself"}
+    counts = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
     said = [
         f"{density} **{value:.1f}** (VAE {kl[density, 'VAE']:.1f}, IntroVAE {kl[density, 'IntroVAE']:.1f}, "
         f"the data itself {kl[density, 'the data itself']:.1f})"
         for (density, model), value in kl.items()
         if model == "Soft-IntroVAE" and {(density, "VAE"), (density, "IntroVAE")} <= set(kl)
     ]
-    return "; ".join(said)
+    return f"{'; '.join(said)}; means of {counts} {'seed' if counts == '1' else 'seeds'}"
 
 
 def _losses(found: dict) -> str:
@@ -112,16 +127,20 @@ def _losses(found: dict) -> str:
 
 
 def _chamfer(found: dict) -> str:
-    """At the largest number of points that every version has."""
+    """At every number of points that every version has; memory at the largest."""
     versions = ("sivae", "expansion", "cdist")
     rows = {(row["version"], row["points"]): row for row in found["rows"]}
-    points = max(p for _, p in rows if all((version, p) in rows for version in versions))
-    chosen = [rows[version, points] for version in versions]
-    milliseconds, mib = ([row[key] for row in chosen] for key in ("forward_backward_ms", "added_mib"))
+    points = sorted(p for v, p in rows if v == "sivae" and all((other, p) in rows for other in versions))
+
+    def times(version: str) -> str:
+        took = lambda name, p: rows[name, p]["forward_backward_ms"]
+        return " / ".join(f"{took(version, p) / took('sivae', p):.1f}" for p in points)
+
+    mib = [rows[version, points[-1]]["added_mib"] for version in versions]
     return (
-        f"**{milliseconds[1] / milliseconds[0]:.1f}** times the expanded squares' speed, "
-        f"{milliseconds[2] / milliseconds[0]:.1f} times `torch.cdist`'s, forward and backward at {points} "
-        f"points; {mib[0]:.0f} MiB against {mib[1]:.0f} and {mib[2]:.0f} "
+        f"**{times('expansion')}** times the expanded squares' speed, {times('cdist')} times "
+        f"`torch.cdist`'s, forward and backward at {' / '.join(map(str, points))} points; "
+        f"{mib[0]:.0f} MiB against {mib[1]:.0f} and {mib[2]:.0f} at {points[-1]} points "
         f"({found['device']}, batch {found['batch']})"
     )
 

@@ -32,3 +32,29 @@ def test_a_step_is_compared_within_its_precision(table):
         "minimal, bf16, graphs: **0.33** of the time of the plain published trainer, compiled, in bf16 "
         "(100 ms an image, GPU)"
     )
+
+
+def test_memory_has_the_range_of_its_batches(table):
+    mib = {"plain": (100, 300), "minimal": (80, 120), "minimal, recomputing": (50, 60)}
+    rows = [
+        {"provider": provider, "batch": batch, "mib": value}
+        for provider, values in mib.items()
+        for batch, value in zip((2, 8), values, strict=True)
+    ]
+    assert table._memory({"rows": rows, "device": "CPU"}) == (
+        "**0.80 to 0.40** of the plain published trainer's, **0.50 to 0.20** with `train.recompute` "
+        "(at batch 2 to 8, where plain takes 100 to 300 MiB, CPU)"
+    )
+
+
+def test_samples_name_their_seeds(table):
+    row = lambda model, seeds: {"density": "rings", "model": model, "seeds": seeds, "scores": {"kl": 1.0}}
+    rows = [row("the data itself", 20), row("VAE", 1), row("IntroVAE", 1), row("Soft-IntroVAE", 2)]
+    assert table._samples({"rows": rows}).endswith("; means of 1 to 2 seeds")
+    assert table._samples({"rows": [{**row, "seeds": 1} for row in rows]}).endswith("; means of 1 seed")
+
+
+def test_a_busy_machine_is_named(table):
+    found = {"load_average_by_round": [0.5, 1.9], "machine": {"cores": 2}}
+    assert table._busy(found) == ""
+    assert "load 0.5 to 4.2" in table._busy({**found, "load_average_by_round": [0.5, 4.2]})
