@@ -150,7 +150,8 @@ def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> l
                 **errors,
                 "least_mib": least / 2**20,
             }
-            row |= {clock: 1e3 * found[name] for clock, found in times.items()}
+            for clock, found in times.items():
+                row |= found[name].row(clock)
             if bandwidth:
                 row["percent_of_copy"] = 100 * least / (row["gpu_ms"] * 1e-3) / bandwidth
             rows.append(row)

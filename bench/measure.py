@@ -8,8 +8,9 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -68,12 +69,14 @@ def wall(calls: Sequence[Call], device: str, seconds: float = 0.2) -> float:
         call()
     if device == "cpu":
         return _processor_time(calls, seconds)
+    passes = -(-20 // len(calls))  # at least 20 calls before Python waits for the GPU
     torch.cuda.synchronize()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds or count < 3 * len(calls):
-        for call in calls:
-            call()
-        count += len(calls)
+        for _ in range(passes):
+            for call in calls:
+                call()
+        count += passes * len(calls)
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / count
 
@@ -139,18 +142,31 @@ def pyplot(path: Path):
     return plt
 
 
-def rounds(timers: dict[str, Callable[[], float]], count: int) -> dict[str, float]:
-    """Median of `count` rounds of every timer, in turns, so that drift of the machine meets all."""
+class Spread(NamedTuple):
+    """Of the rounds of one timer, in what it returns."""
+
+    median: float
+    least: float
+    most: float
+
+    def row(self, name: str, factor: float = 1e3) -> dict[str, float]:
+        """The entries of a result; milliseconds of seconds by default."""
+        values = (factor * value for value in self)
+        return dict(zip((name, f"{name}_least", f"{name}_most"), values, strict=True))
+
+
+def rounds(timers: dict[str, Callable[[], float]], count: int) -> dict[str, Spread]:
+    """`count` rounds of every timer, in turns, so that drift of the machine meets all."""
     found: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(count):
         for name, timer in timers.items():
             found[name].append(timer())
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: Spread(statistics.median(v), min(v), max(v)) for name, v in found.items()}
 
 
 def copy_bandwidth() -> float:
     """Bytes a second that copying 1 GiB on the GPU reads and writes together."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").zero_()
+    source = torch.randint(256, (1 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / Captured(lambda: [lambda: target.copy_(source)]).seconds(0.1)
 
@@ -169,7 +185,19 @@ def launches(call: Call) -> int:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in found.events())
+    return len(on_device(found.events()))
+
+
+def on_device(events: Iterable) -> list:
+    """Of a profile's events the kernels, copies and fills, without annotations and waiting."""
+    waiting = (" Sync", "Stream Wait Event")
+    return [
+        event
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.is_user_annotation
+        and not event.name.endswith(waiting)
+    ]
 
 
 def memory(forward: Callable[[], object], backward: Callable[[object], object]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from measure import Captured, copy_bandwidth, machine, pyplot, wall
+from measure import Captured, copy_bandwidth, machine, on_device, pyplot, wall
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -146,14 +146,15 @@ def profile(config: Config, device: torch.device, iterations: int) -> dict:
             with clock.section("rest"):
                 trainer._advance(loader)
         batch = trainer.schedule.batch(trainer.images)
-        idle = idle_share(trainer, batches) if device.type == "cuda" else None
+        iteration_seconds = (total[1] - total[0]) / iterations
+        idle = idle_share(trainer, batches, iteration_seconds) if device.type == "cuda" else None
     finally:
         trainer.close()
     rows = [row_of(part, clock.found[part], iterations) for part in PARTS if part in clock.found]
     return {
         "batch": batch,
         "level": trainer.lod,
-        "iteration_seconds": (total[1] - total[0]) / iterations,
+        "iteration_seconds": iteration_seconds,
         "idle": idle,
         "rows": rows,
     }
@@ -168,17 +169,16 @@ def row_of(part: str, found: dict[str, float], iterations: int) -> dict:
     }
 
 
-def idle_share(trainer: Trainer, batches) -> float:
-    """Share of an iteration's time in which the GPU ran no kernel."""
+def idle_share(trainer: Trainer, batches, iteration_seconds: float) -> float:
+    """Share of an iteration in which the GPU did nothing; it takes `iteration_seconds` without a profiler."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
     with torch_profile(activities=[ProfilerActivity.CUDA]) as found:
-        begin = seconds(trainer.device)
         trainer._advance(batches)
-        spent = seconds(trainer.device) - begin
-    on_device = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return max(0.0, 1 - 1e-6 * sum(event.device_time for event in on_device) / spent)
+        torch.cuda.synchronize()
+    busy = 1e-6 * sum(event.device_time for event in on_device(found.events()))
+    return max(0.0, 1 - busy / iteration_seconds)
 
 
 def limits(device: torch.device) -> dict[str, float]:
@@ -190,7 +190,7 @@ def limits(device: torch.device) -> dict[str, float]:
             "bytes": copy_bandwidth(),
         }
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    source, target = torch.zeros(1 << 26), torch.zeros(1 << 26)
+    source, target = torch.rand(1 << 26), torch.zeros(1 << 26)
     return {
         "flops": 2 * 1024**3 / wall([lambda: a @ b], "cpu"),
         "bytes": 2 * 4 * source.numel() / wall([lambda: target.copy_(source)], "cpu"),

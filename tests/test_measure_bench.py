@@ -1,6 +1,7 @@
 """What the benches measure with."""
 
 import importlib
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,35 @@ def test_driver_and_clocks_are_those_of_the_device_in_use(measure, monkeypatch):
     assert asked[0][-2:] == ["-i", "GPU-12-34"]
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))
     assert measure.driver() == {}
+
+
+def test_waiting_and_annotations_are_no_launches(measure):
+    device, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        SimpleNamespace(name=name, device_type=kind, is_user_annotation=annotation)
+        for name, kind, annotation in (
+            ("aten::add", host, False),
+            ("add_kernel", device, False),
+            ("Memset (Device)", device, False),
+            ("Optimizer.step#Adam.step", device, True),
+            ("Context Sync", device, False),
+            ("Stream Wait Event", device, False),
+        )
+    ]
+    assert [event.name for event in measure.on_device(events)] == ["add_kernel", "Memset (Device)"]
+
+
+@pytest.mark.parametrize("count", [1, 7, 30])
+def test_python_waits_for_the_gpu_after_twenty_calls_at_the_earliest(measure, monkeypatch, count):
+    done = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    assert measure.wall([lambda: done.append("call")] * count, "cuda", 0.0) > 0
+    waits = [i for i, what in enumerate(done) if what == "wait"]
+    assert len(waits) > 1 and all(b - a > 20 for a, b in itertools.pairwise(waits))
+
+
+def test_rounds_tell_their_spread(measure):
+    values = iter([3.0, 1.0, 2.0])
+    found = measure.rounds({"a": lambda: next(values)}, 3)["a"]
+    assert found == (2.0, 1.0, 3.0)
+    assert found.row("wall_ms") == {"wall_ms": 2e3, "wall_ms_least": 1e3, "wall_ms_most": 3e3}
