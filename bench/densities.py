@@ -80,7 +80,7 @@ class Cell(NamedTuple):
 
 
 def introvae_values(density: str) -> dict[str, float | str]:
-    """The best of bench/density_grid.py: nothing is published."""
+    """The best of bench/density_grid.py: no published values were found."""
     path = RESULTS / "density_grid.json"
     record = json.loads(path.read_text()) if path.exists() else {"runs": [], "of": 1}
     if len(record["runs"]) < record["of"]:

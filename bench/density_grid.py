@@ -1,4 +1,4 @@
-"""Hyper-parameters of IntroVAE on the densities, which have never been published: a small grid.
+"""Hyper-parameters of IntroVAE on the densities, of which no published ones were found: a small grid.
 
     python bench/density_grid.py     writes bench/results/density_grid.json after every run; resumable
 

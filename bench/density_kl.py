@@ -2,9 +2,9 @@
 
     python bench/density_kl.py RUN [RUN ...]     run folders of one density, e.g. of bench/densities.py --runs
 
-Writes bench/results/density_kl-<density>.json: for each run, and for the data as their own model, ten pairs of 5,000
-points each where the protocol takes one; how far single pairs are apart; what share of the KL comes from bins
-without samples; and how many samples lie in bins that none of 400,000 data points hits.
+Writes bench/results/density_kl-<density>.json: for each run, and for the data as their own model, ten pairs
+of 5,000 points each where the protocol takes one; how far single pairs are apart; what share of the KL comes
+from bins without samples; and how many samples lie in bins that none of 400,000 data points hits.
 """
 
 from __future__ import annotations

@@ -27,15 +27,17 @@ def evaluate_clouds(
     *,
     count: int = 50_000,
     seed: int = 0,
+    split: str = "test",
     clouds: Tensor | None = None,
     folder: str | os.PathLike | None = None,
 ) -> dict[str, dict]:
-    """Measures samples of the model against the test clouds of its data (or of `run.data_path`).
+    """Measures samples of the model against a split of its data (or of those at `run.data_path`).
 
     metrics: some of `METRICS`; None takes those without the earth mover's distance, which needs POT and is
-    exact, and slow. At most `count` test clouds, spread evenly, are used. The value is the mean over `DRAWS`
+    exact, and slow. At most `count` clouds, spread evenly, are used. The value is the mean over `DRAWS`
     sets of samples, each `FACTOR` times as large as that of the clouds; the record also has their range.
-    clouds: the test clouds [n, points, 3], where they have been read before.
+    split: "test", or "validation", by which published checkpoints were chosen; it is part of the record.
+    clouds: those of the split [n, points, 3], where they have been read before.
     folder: a run folder, to whose metric files the records are added.
     Called in every process of a process group, each does its share and all get the result.
     Raises ValueError for other metrics and for a set that is not there, ImportError where POT is missing.
@@ -47,11 +49,11 @@ def evaluate_clouds(
     if count < 1:
         raise ValueError(f"count is {count}, must be at least 1")
     check_packages(metrics)  # before the others are measured
-    clouds = run.clouds("test") if clouds is None else clouds
+    clouds = run.clouds(split) if clouds is None else clouds
     if len(clouds) > count:
         clouds = clouds[torch.linspace(0, len(clouds) - 1, count).long()]
     sets = [_compare(run, DRAWS * seed + draw, clouds, metrics) for draw in range(DRAWS)]
-    about = {"test_clouds": len(clouds), "samples": FACTOR * len(clouds), "draws": DRAWS, "seed": seed}
+    about = {f"{split}_clouds": len(clouds), "samples": FACTOR * len(clouds), "draws": DRAWS, "seed": seed}
     records = {}
     for name in metrics:
         values = [found[name] for found in sets]

@@ -378,7 +378,7 @@ def _pointnet(content: Mapping, path: Path) -> Published:
             other = path.with_name(f"{epoch[1]}_optim_{side[0]}.pth")
             if other.is_file():
                 optimizers[side] = _load(other)
-    data = {"kind": "pointclouds", "points": points}
+    data = {"kind": "pointclouds", "points": points, "path": "shape_net_core_uniform_samples_2048"}
     settings = {"model": model, "data": data, "objective": {"reconstruction": "chamfer"}}
     title = f"point cloud model, {points} points"
     return Published(

@@ -19,6 +19,7 @@ from PIL import Image
 from sivae_fast.checkpoint import CheckpointError, load, load_newest, part
 from sivae_fast.config import ConfigError, make_config
 from sivae_fast.convert import convert, start_run
+from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.models.mlp import MLPModel
 from sivae_fast.models.pointnet import PointNetModel
 from sivae_fast.models.residual import ResidualModel
@@ -161,6 +162,8 @@ def test_point_cloud_checkpoints(tmp_path):
     back = load(convert(source, tmp_path / "p.safetensors"))
     assert back.prior_std == 0.3 and back.config.model.points == 20
     assert back.config.objective.reconstruction == "chamfer"
+    with pytest.raises(ValueError, match=r"samples_2048 does not exist: give data=PATH"):
+        CloudInference.load(tmp_path / "p.safetensors", device="cpu").clouds("test")
     x = torch.randn(2, 20, 3)
     assert torch.equal(back.encode(x).mean, model.encode(x).mean)
 

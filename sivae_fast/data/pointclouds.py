@@ -54,7 +54,7 @@ def load_clouds(
 
     None        the made set: 2000 solids, `classes` of `solids.KINDS`
     folder      `shape_net_core_uniform_samples_2048`: .ply files in a folder for each class, called by its
-                WordNet number or a name of `SYNSETS`
+                WordNet number or a name of `SYNSETS`; or one of these folders
     folder      ModelNet40 in HDF5: `*train*.h5` and `*test*.h5` with `data` [n, >= points, 3] and `label`,
                 class names in `shape_names.txt` if present; brought from radius 1 to 0.5
     .npy file   one array [n, points, 3]
@@ -105,9 +105,12 @@ def _reader(path: str | Path | None) -> Callable[..., Groups]:
         return _read_modelnet
     if path.is_dir() and any(path.glob("*/*.ply")):
         return _read_shapenet
+    if path.is_dir() and any(path.glob("*.ply")):
+        return _read_one_class
     raise ValueError(
-        f"data.path={path}: accepted are a folder of class folders with .ply files, a folder with the "
-        "*train*.h5 and *test*.h5 of ModelNet40, a .npy array [n, points, 3], or null for the made set"
+        f"data.path={path}: accepted are a folder of class folders with .ply files or one of these, a folder "
+        "with the *train*.h5 and *test*.h5 of ModelNet40, a .npy array [n, points, 3], or null for the made "
+        "set"
     )
 
 
@@ -152,6 +155,11 @@ def _read_shapenet(path, split: str, classes: tuple[str, ...], points: int) -> G
     names = _chosen(tuple(common.get(name, name) for name in classes), available, path)
     files = [_part(sorted(by_name[name].glob("*.ply")), split) for name in names]
     return [[(str(file), read_ply(file)) for file in group] for group in files], names
+
+
+def _read_one_class(path, split: str, classes: tuple[str, ...], points: int) -> Groups:
+    path = Path(path).resolve()
+    return _read_shapenet(path.parent, split, classes or (path.name,), points)
 
 
 def _read_modelnet(path, split: str, classes: tuple[str, ...], points: int) -> Groups:

@@ -1,4 +1,4 @@
-"""Point clouds as scenes of Mitsuba 3 (https://mitsuba-renderer.org), the renderer of the published figures.
+"""Point clouds as scenes of Mitsuba 3 (https://mitsuba-renderer.org); the published figures used Mitsuba 2.
 
 Writing them needs nothing; docs/point-clouds.md says how a scene becomes a picture.
 """

@@ -1,6 +1,6 @@
 """Metrics of point cloud models: Jensen-Shannon divergence of occupancy, minimum matching distance, coverage.
 
-All three follow `latent_3d_points` (Achlioptas et al., 2018), which the Soft-IntroVAE paper uses.
+All three follow `latent_3d_points` (Achlioptas et al., 2018), for whose tool the published code exports.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The layout is that of LORD (Gabbay and Hoshen, 2020), which the Soft-IntroVAE paper took over: content enters
 the decoder as a small feature map, class as scale and offset of every normalised layer. Sizes of the latents
-and the Gaussian posteriors on both codes are ours; the paper gives none.
+and the Gaussian posteriors on both codes are ours; the paper's were not found.
 """
 
 from __future__ import annotations

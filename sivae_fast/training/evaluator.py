@@ -97,7 +97,7 @@ class ImageMeasures:
 
 
 class CloudMeasures:
-    """The measures of point cloud models."""
+    """The measures of point cloud models, on its own validation clouds or another set's test clouds."""
 
     def __init__(self, config: Config, model: Model):
         self._config = config
@@ -105,13 +105,15 @@ class CloudMeasures:
             check_packages(config.measured)
         with _refusing(config, "data"):
             run = CloudInference(model, config, 0, data=config.evaluate.data, show=False)
-            self._clouds = run.clouds("test")
+            self._split = "test" if config.evaluate.data else "validation"
+            self._clouds = run.clouds(self._split)
 
     def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
         """A record a metric of `model` after so many images. A collective call."""
         count, seed = self._config.evaluate.images, self._config.train.seed
         run = CloudInference(model, self._config, images, weights=weights, show=False)
-        return evaluate_clouds(run, self._config.measured, count=count, seed=seed, clouds=self._clouds)
+        about = {"count": count, "seed": seed, "split": self._split, "clouds": self._clouds}
+        return evaluate_clouds(run, self._config.measured, **about)
 
 
 class TranslationMeasures:

@@ -119,6 +119,10 @@ def test_shapenet_layout_and_splits(shapenet):
     order = torch.cat([c.points[:, 0, 0] for c in chairs])
     torch.testing.assert_close(order, torch.arange(1, 41) / 100)
     assert load_clouds(shapenet, classes=("03001627",), points=8).names == ("chair",)
+    alone = load_clouds(shapenet / "03001627", "validation", points=8)
+    assert alone.names == ("chair",) and torch.equal(alone.points, chairs[1].points)
+    with pytest.raises(ValueError, match=r"data\.classes=\['sofa'\]"):
+        load_clouds(shapenet / "03001627", classes=("sofa",), points=8)
 
 
 def test_published_chair_split():

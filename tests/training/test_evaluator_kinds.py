@@ -37,7 +37,7 @@ def without_pictures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def clouds_file(tmp_path_factory):
-    """60 clouds of 20 points, of which 6 are test clouds."""
+    """60 clouds of 20 points, of which 3 are validation and 6 are test clouds."""
     points = np.random.default_rng(0).normal(size=(60, 20, 3))
     path = tmp_path_factory.mktemp("clouds") / "clouds.npy"
     np.save(path, (points / np.linalg.norm(points, axis=2, keepdims=True) / 2).astype(np.float32))
@@ -107,7 +107,7 @@ def by_one_process(kind, run):
     """What the command measures of the finished run."""
     options, about = {"device": "cpu", "show": False}, {"count": 40, "seed": 0}
     if kind == "clouds":
-        return evaluate_clouds(CloudInference.load(run, **options), CLOUDS, **about)
+        return evaluate_clouds(CloudInference.load(run, **options), CLOUDS, split="validation", **about)
     return evaluate_translation(Inference.load(run, **options), SWAPS, **about)
 
 
@@ -133,7 +133,8 @@ def test_other_data_and_fewer_of_them(tmp_path, settings, clouds_file):
         name: read_metrics(train(settings("clouds", tmp_path / name, {**chosen, "data": data})))["jsd"][0]
         for name, data in (("own", None), ("other", str(tmp_path / "other.npy")))
     }
-    assert values["own"]["value"] != values["other"]["value"] and values["own"]["test_clouds"] == 6
+    assert values["own"]["value"] != values["other"]["value"] and values["own"]["validation_clouds"] == 3
+    assert values["other"]["test_clouds"] == 6
     run = train(settings("translation", tmp_path, {"every": 48, "images": 6}))
     assert read_metrics(run)["mse"][0]["test_images"] == 6
 
