@@ -89,6 +89,10 @@ class Objective(nn.Module):
     check: look at every phase's statistics and raise FloatingPointError where one is NaN or infinite. Waits
         for the device in every phase, and does nothing inside torch.compile: for debugging.
 
+    Every option but `fakes` may be changed later, as an attribute; a changed weight takes effect without
+    recompilation. A name that is no option is refused, here with a TypeError and as an attribute with an
+    AttributeError; a value that does not fit with a ValueError.
+
     Gradients flow to every tensor of a term that requires them: the caller detaches what is to be detached.
     A term without a part that its phase adds up is refused with a ValueError.
     Statistics: `rec_<source>` and `kl_<source>` for the source "real" and every fake source of a phase,
@@ -101,6 +105,15 @@ class Objective(nn.Module):
     reconstructs_fakes = True
     _statistic: str | None = None
     _weights = ("beta_rec", "beta_kl", "beta_neg", "gamma_r")
+    _options = (
+        "prior_std",
+        "reconstruction",
+        "huber_delta",
+        "logvar_clamp",
+        "fakes",
+        "single_launch",
+        "check",
+    )
 
     beta_rec: float
     beta_kl: float
@@ -119,13 +132,17 @@ class Objective(nn.Module):
         check: bool = False,
         **weights: float,
     ):
+        for name in weights:
+            if name not in self._weights:
+                raise TypeError(f"{name} is no option of {self._accepted()}")
         super().__init__()
-        self.prior_std = _positive("prior_std", prior_std)
-        self.huber_delta = _positive("huber_delta", huber_delta)
-        self.reconstruction = _one_of("reconstruction", reconstruction, reference.RECONSTRUCTIONS)
-        self.logvar_clamp = _bounds("logvar_clamp", logvar_clamp)
-        self.fakes = _shares("fakes", {"rec": 0.5, "fake": 0.5} if fakes is None else fakes)
+        self.prior_std = prior_std
+        self.huber_delta = huber_delta
+        self.reconstruction = reconstruction
+        self.logvar_clamp = logvar_clamp
         self.single_launch, self.check = single_launch, check
+        shares = _shares("fakes", {"rec": 0.5, "fake": 0.5} if fakes is None else fakes)
+        super().__setattr__("fakes", shares)
         for name, value in weights.items():
             super().__setattr__(name, self._checked(name, value))
         for name, rows in self._tables().items():
@@ -209,11 +226,27 @@ class Objective(nn.Module):
             table = self._buffers[f"_{name}_table"]
         return table
 
-    def _checked(self, name: str, value: float) -> float:
-        return _not_negative(name, value)
+    def _accepted(self) -> str:
+        return f"{type(self).__name__}, accepted are {', '.join([*self._weights, *self._options])}"
+
+    def _checked(self, name: str, value):
+        """`value` of the weight or option `name` as it is kept, or a ValueError."""
+        if name in ("scale", "alpha", "prior_std", "huber_delta"):
+            return _positive(name, value)
+        if name == "reconstruction":
+            return _one_of(name, value, reference.RECONSTRUCTIONS)
+        if name == "logvar_clamp":
+            return _bounds(name, value)
+        return bool(value) if name in self._options else _not_negative(name, value)
 
     def __setattr__(self, name: str, value) -> None:
         if name not in self._weights:
+            if name in ("fakes", "hinge"):
+                raise AttributeError(f"{name} of an objective cannot be changed: make a new one")
+            if name in self._options:
+                value = self._checked(name, value)
+            elif not name.startswith("_") and name not in self.__dict__:
+                raise AttributeError(f"{name} is no option of {self._accepted()}")
             return super().__setattr__(name, value)
         super().__setattr__(name, self._checked(name, value))
         for phase_name, rows in self._tables().items():
@@ -239,6 +272,7 @@ class VAE(Objective):
     """
 
     introspective = False
+    _weights = ("beta_rec", "beta_kl")
 
     def __init__(self, *, beta_rec: float = 1.0, beta_kl: float = 1.0, **options):
         super().__init__(beta_rec=beta_rec, beta_kl=beta_kl, **options)
@@ -284,9 +318,6 @@ class SoftIntroVAE(Objective):
         weights = {"beta_rec": beta_rec, "beta_kl": beta_kl, "beta_neg": beta_neg, "gamma_r": gamma_r}
         super().__init__(**weights, scale=scale, alpha=alpha, **options)
 
-    def _checked(self, name, value):
-        return _positive(name, value) if name in ("scale", "alpha") else _not_negative(name, value)
-
     def _tables(self):
         c, alpha = self.scale, self.alpha
         real = [c * self.beta_rec, c * self.beta_kl, 0.0, 0.0]
@@ -311,6 +342,7 @@ class IntroVAE(Objective):
     reconstructs_fakes = False
     _statistic = "hinge"
     _weights = (*Objective._weights, "margin")
+    _options = (*Objective._options, "hinge")
 
     def __init__(
         self,

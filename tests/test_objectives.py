@@ -286,6 +286,46 @@ def test_wrong_options(option, message):
         SoftIntroVAE(**{**GOOD, **option})
 
 
+@pytest.mark.parametrize("option", ["prior_sd", "priorstd", "logvar_clip", "margin", "prior_mean", "hinge"])
+def test_an_unknown_option_is_refused(option):
+    """Accepted without a word, it would leave the run with the default."""
+    with pytest.raises(
+        TypeError, match=f"{option} is no option of SoftIntroVAE, accepted are .* prior_std, "
+    ):
+        SoftIntroVAE(**GOOD, **{option: 0.3})
+    objective = SoftIntroVAE(**GOOD)
+    with pytest.raises(AttributeError):
+        setattr(objective, option, 0.3)
+
+
+def test_options_of_other_objectives_are_refused():
+    hinge = {"beta_rec": 1, "beta_kl": 1, "beta_neg": 1, "margin": 1}
+    for option in ("scale", "alpha"):
+        with pytest.raises(TypeError, match=f"{option} is no option of IntroVAE, accepted are .* hinge"):
+            IntroVAE(**hinge, **{option: 0.25})
+    with pytest.raises(
+        TypeError, match="beta_neg is no option of VAE, accepted are beta_rec, beta_kl, prior"
+    ):
+        VAE(beta_neg=2.0)
+    with pytest.raises(AttributeError, match="beta_neg is no option of VAE"):
+        VAE().beta_neg = 2.0
+    with pytest.raises(AttributeError, match="hinge of an objective cannot be changed"):
+        IntroVAE(**hinge).hinge = "batch"
+
+
+def test_options_can_be_changed_within_their_bounds():
+    objective = SoftIntroVAE(**GOOD)
+    with pytest.raises(AttributeError, match="beta_negg is no option of SoftIntroVAE, accepted are beta_rec"):
+        objective.beta_negg = 5.0
+    with pytest.raises(AttributeError, match="fakes of an objective cannot be changed"):
+        objective.fakes = {"fake": 1.0}
+    with pytest.raises(ValueError, match="prior_std is -3, must be positive"):
+        objective.prior_std = -3
+    objective.prior_std = 0.3
+    same(objective.vae(batch()[0]), SoftIntroVAE(**GOOD, prior_std=0.3).vae(batch()[0]).loss)
+    assert copy.deepcopy(objective).eval().prior_std == 0.3
+
+
 def test_wrong_changes_leave_the_old_weight():
     objective = SoftIntroVAE(**GOOD)
     with pytest.raises(ValueError, match=r"beta_neg is nan"):
