@@ -5,8 +5,9 @@
 Decoder: bias, noise, leaky ReLU, instance norm, modulation. Encoder: bias, leaky ReLU, instance norm with the
 gradients of its moments. At the maps of every level of a configuration, in bf16 on a GPU and fp32 on a CPU;
 a version that misses float64 is not timed. `least_mib` is what moves at least: two reads and one write of a
-map forward, four and one backward; for maps of up to 32x32 one and one, two and one. On a CPU the operator is
-the plain chain and has no rows of its own. Writes chains-<device>.json.
+map forward, four and one backward; for maps of up to 32x32 one and one, two and one. Inputs rotate through
+more than three times the L2 cache ("cold") where 32 sets suffice for that, else they stay in it ("hot"). On a
+CPU the operator is the plain chain and has no rows of its own. Writes chains-<device>.json.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import Captured, copy_bandwidth, machine, rounds, wall
+from measure import Captured, copy_bandwidth, machine, rounds, second_level_cache, wall
 from torch import Tensor
 
 from sivae_fast.config import load_config
@@ -43,7 +44,8 @@ def fused(x, bias, noise, weight, style) -> tuple[Tensor, Tensor, Tensor]:
 
 def providers(device: str) -> dict[str, Chain]:
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # a backward pass is timed by repeating it on one graph
+    # Backward passes are repeated on one graph, and compiling for each direction would take too long.
+    torch._functorch.config.donated_buffer = False
     found = {"plain": plain, "compile": torch.compile(plain, dynamic=False)}
     return {**found, "fused": fused} if device == "cuda" else found
 
@@ -67,8 +69,10 @@ def passes(side: int, direction: str) -> int:
 class Case:
     """Inputs of a chain, channels-last, and the gradients of what comes out."""
 
-    def __init__(self, kind: str, batch: int, channels: int, side: int, dtype: torch.dtype, device: str):
-        generator = torch.Generator().manual_seed(0)
+    def __init__(
+        self, kind: str, batch: int, channels: int, side: int, dtype: torch.dtype, device: str, seed: int = 0
+    ):
+        generator = torch.Generator().manual_seed(seed)
         new = lambda *size: torch.randn(size, generator=generator).to(device)
         x = new(batch, channels, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
         self.inputs = [x, new(channels), None, None, None]
@@ -81,6 +85,10 @@ class Case:
 
     def require(self) -> None:
         self.wanted = [self.inputs[i].requires_grad_() for i in (0, 1, 3, 4) if self.inputs[i] is not None]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.inputs, *self.by) if t is not None)
 
     def double(self) -> Case:
         other = Case.__new__(Case)
@@ -113,6 +121,14 @@ def call(run: Chain, case: Case, direction: str) -> Callable[[], object]:
     return lambda: case.backward(outputs)
 
 
+def rotated(first: Case, make: Callable[[int], Case], device: str) -> tuple[list[Case], str]:
+    """Cases to take in turns, together over three times the L2 cache; one where that would be too many."""
+    wanted = 1 + max(1, 3 * second_level_cache(device) // first.bytes)
+    if device == "cpu" or wanted > 32:
+        return [first], "hot"
+    return [first, *map(make, range(1, wanted))], "cold"
+
+
 def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> list[dict]:
     """Rows of one case: every provider and direction."""
     case = Case(kind, batch, channels, side, dtype, device)
@@ -131,9 +147,10 @@ def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> l
         else:
             rows.append({**base, "provider": name, "refused": "misses float64", **known})
     del exact
+    cases, state = rotated(case, lambda seed: Case(kind, batch, channels, side, dtype, device, seed), device)
     for direction in DIRECTIONS:
         makers = {
-            name: lambda run=run, direction=direction: [call(run, case, direction)]
+            name: lambda run=run, direction=direction: [call(run, case, direction) for case in cases]
             for name, (run, _) in sound.items()
         }
         calls = {name: make() for name, make in makers.items()}
@@ -147,6 +164,7 @@ def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> l
                 **base,
                 "provider": name,
                 "direction": direction,
+                "cache": state,
                 **errors,
                 "least_mib": least / 2**20,
             }

@@ -70,3 +70,15 @@ def test_bf16_is_within_its_limits_and_a_tenth_of_the_values_is_not(chains):
 
     assert errors(chains, wrong, torch.bfloat16)[0] > limits[0]
     assert errors(chains, chains.plain, torch.float32)[1] < 1e-5
+
+
+def test_inputs_rotate_on_a_gpu_where_that_empties_its_cache(chains, monkeypatch):
+    case = chains.Case("decoder", 2, 16, 16, torch.float32, "cpu")
+    make = lambda seed: chains.Case("decoder", 2, 16, 16, torch.float32, "cpu", seed)
+    monkeypatch.setattr(chains, "second_level_cache", lambda device: 2 * case.bytes)
+    cases, state = chains.rotated(case, make, "cuda")
+    assert state == "cold" and sum(other.bytes for other in cases) > 6 * case.bytes
+    assert not torch.equal(cases[0].inputs[0], cases[1].inputs[0])
+    assert chains.rotated(case, make, "cpu") == ([case], "hot")
+    monkeypatch.setattr(chains, "second_level_cache", lambda device: 40 * case.bytes)
+    assert chains.rotated(case, make, "cuda") == ([case], "hot")
