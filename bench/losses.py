@@ -38,7 +38,7 @@ from sivae_fast.files import write_text
 
 SIZES = {"image256": ((3, 256, 256), 512), "image32": ((3, 32, 32), 128), "plane": ((2,), 2)}
 BATCHES = (4, 16, 64, 256)
-DIRECTIONS = ("forward", "backward", "both")
+DIRECTIONS = ("forward", "both", "backward")
 BETA_REC, BETA_KL, BETA_NEG = 1.0, 0.5, 4.0
 
 
@@ -129,9 +129,10 @@ def compiled(**options) -> Callable[[Inputs], tuple[Tensor, ...]]:
     return torch.compile(plain_autocast, dynamic=False, options=options or None)
 
 
-def providers(first: Inputs) -> dict[str, Callable[[Inputs], tuple[Tensor, ...]]]:
+def providers(first: Inputs, repeated: bool = False) -> dict[str, Callable[[Inputs], tuple[Tensor, ...]]]:
+    """repeated: backward passes are repeated on one graph, whose buffers no compiled one may overwrite."""
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # a backward pass is timed by repeating it on one graph
+    torch._functorch.config.donated_buffer = not repeated
     found = {
         "plain": plain,
         "plain, autocast": plain_autocast,
@@ -207,32 +208,33 @@ def measure(size: str, batch: int, dtype: torch.dtype, device: str, bandwidth: f
     first = Inputs.make(size, batch, dtype, device)
     base = {"size": size, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
     rows, sound = [], {}
-    for name, run in providers(first).items():
+    runs = providers(first)
+    for name, run in runs.items():
         errors = misses(run, first)
         if sound_errors(name, errors, dtype):
-            sound[name] = (run, errors)
+            sound[name] = errors
         else:
             rows.append({**base, "provider": name, "refused": "misses float64", **errors})
-    runs = {name: run for name, (run, _) in sound.items()}
     copies = min(1 + 3 * second_level_cache(device) // first.bytes, 32)
     sets = [first, *(Inputs.make(size, batch, dtype, device) for _ in range(copies - 1))]
     states = {"hot": sets[:1]} if copies == 1 else {"cold": sets, "hot": sets[:1]}
     if device == "cuda" and copies == 1:
         states = {"cold": [first, Inputs.make(size, batch, dtype, device)]}
-    for state, members in states.items():
-        for direction in DIRECTIONS:
+    for direction in DIRECTIONS:
+        if direction == "backward":
+            runs = providers(first, repeated=True)
+        runs = {name: runs[name] for name in sound}
+        for state, members in states.items():
             for name, found in times(runs, members, direction, device).items():
                 row = {**base, "provider": name, "direction": direction, "cache": state, **found}
-                row |= sound[name][1]
+                row |= sound[name]
                 if bandwidth and "gpu_ms" in found:
                     moved = least_bytes(first, name, direction)
                     row["least_mib"] = moved / 2**20
                     row["percent_of_copy"] = 100 * moved / (found["gpu_ms"] * 1e-3) / bandwidth
+                if device == "cuda" and direction == "both":
+                    row |= costs(runs[name], first)
                 rows.append(row)
-    if device == "cuda":
-        for row in rows:
-            if row.get("direction") == "both":
-                row |= costs(runs[row["provider"]], first)
     return rows
 
 

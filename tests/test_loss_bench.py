@@ -24,7 +24,7 @@ def losses(monkeypatch):
     monkeypatch.setattr(
         module,
         "providers",
-        lambda first: {"plain": module.plain, "fused": module.fused(first), "wrong": wrong},
+        lambda first, repeated=False: {"plain": module.plain, "fused": module.fused(first), "wrong": wrong},
     )
     yield module
     for name in ("losses", "measure"):
