@@ -298,6 +298,16 @@ class Config(Section):
                 f"objective.perceptual_weights={self.objective.perceptual_weights}: perceptual needs "
                 "the file of VGG16's weights, the others have none"
             )
+        error, kind = self.objective.reconstruction, self.model.kind
+        if (error == "chamfer") != (kind == "pointnet"):
+            raise ValueError(
+                f"objective.reconstruction={error} does not fit model.kind={kind}: pointnet needs "
+                "chamfer, which does not depend on the order of points, and no other kind has it"
+            )
+        if error == "perceptual" and getattr(self.data, "value_range", "unit") != "unit":
+            raise ValueError(
+                f"objective.reconstruction={error} needs data.value_range=unit, got {self.data.value_range}"
+            )
         if self.growth.images_per_level and self.model.kind != "style":
             raise ValueError(
                 f"growth.images_per_level={self.growth.images_per_level} needs model.kind=style, "

@@ -115,8 +115,8 @@ def test_snapshot_rebuilds_its_model(tmp_path, config):
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        ({"path": "/home/somebody/ffhq.zip"}, None),
-        ({"path": "quickstart"}, "quickstart"),
+        ({"path": "/home/somebody/ffhq.zip", "value_range": "unit"}, None),
+        ({"path": "quickstart", "value_range": "unit"}, "quickstart"),
         # null would mean the made set
         ({"kind": "pointclouds", "path": "/home/somebody/shapenet"}, "shapenet"),
         ({"kind": "pointclouds"}, None),

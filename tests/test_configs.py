@@ -129,3 +129,24 @@ def test_bounds_reach_the_objective(kind):
     own = ["objective.huber_delta=0.5", "objective.logvar_clamp=[-20,20]", "objective.margin=5"]
     objective = make_objective(load("cifar10", f"objective.kind={kind}", *own), (3, 32, 32))
     assert (objective.huber_delta, objective.logvar_clamp) == (0.5, (-20.0, 20.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        (
+            "pointclouds",
+            ["objective.reconstruction=sse"],
+            r"reconstruction=sse does not fit model\.kind=pointnet",
+        ),
+        ("cifar10", ["objective.reconstruction=chamfer"], r"reconstruction=chamfer does not fit .*=residual"),
+        (
+            "quickstart",
+            ["objective.reconstruction=perceptual", "objective.perceptual_weights=vgg16.pth"],
+            r"perceptual needs data\.value_range=unit, got symmetric",
+        ),
+    ],
+)
+def test_errors_that_do_not_fit_the_data_are_refused(name, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(name, *overrides)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 #: Convolutions of VGG16 up to the last layer compared: widths, "pool" between blocks.
 _LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512)
-_COMPARED = (1, 3, 5, 8, 11)  # the second convolution of each block, as in LORD
+_COMPARED = (1, 3, 5, 8, 11)  # the second convolution of each block
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -20,9 +20,9 @@ class PerceptualError(nn.Module):
 
         r = C H W ( mean |x - y| + sum over five layers of mean |features(x) - features(y)| )
 
-    the layers with equal weights, as LORD (Gabbay and Hoshen, 2020) has them; the factor brings r to the
-    scale of the errors that are summed over pixels. Gradients flow to both images, the network's weights are
-    fixed.
+    the layers with equal weights, as in LORD (Gabbay and Hoshen, 2020), whose last two are others (the third
+    convolution of block four, the last pooling); the factor brings r to the scale of the errors that are summed
+    over pixels. Gradients flow to both images, the network's weights are fixed.
 
     weights: torchvision's VGG16 state dict (`features.0.weight`, ...), .pth or .safetensors.
     Raises ValueError, naming the file, for a file that cannot be read or holds something else.
