@@ -21,8 +21,8 @@ class PerceptualError(nn.Module):
         r = C H W ( mean |x - y| + sum over five layers of mean |features(x) - features(y)| )
 
     the layers with equal weights, as in LORD (Gabbay and Hoshen, 2020), whose last two are others (the third
-    convolution of block four, the last pooling); the factor brings r to the scale of the errors that are summed
-    over pixels. Gradients flow to both images, the network's weights are fixed.
+    convolution of block four, the last pooling); the factor brings r to the scale of the errors that are
+    summed over pixels. Gradients flow to both images, the network's weights are fixed.
 
     weights: torchvision's VGG16 state dict (`features.0.weight`, ...), .pth or .safetensors.
     Raises ValueError, naming the file, for a file that cannot be read or holds something else.
