@@ -133,7 +133,9 @@ def _forward(tensors, constants, plan, numbers, kind) -> list[Tensor]:
         z, kl = _parts_triton.sample(mean, logvar, noise, seed, prior, numbers)
     else:
         centre, spread = _known(prior, numbers)
-        kl = reference.gaussian_kl(mean, logvar, centre, spread, numbers[1:])
+        # near the prior expm1(t) - t has lost half of float32's digits
+        wide = [t.double() if t.device.type == "cpu" else t for t in (mean, logvar)]
+        kl = reference.gaussian_kl(*wide, centre, spread, numbers[1:]).to(reference.compute_dtype(*tensors))
         noise = noise if seed is None else normal(seed, mean.shape)
         z = None if noise is None else reference.reparameterize(mean, logvar, noise, numbers[1:])
     return [mean.new_empty(0) if z is None else z, kl]

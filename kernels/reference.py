@@ -92,14 +92,15 @@ def gaussian_kl(
     """k [B] of mean and logvar [B, ...]; the prior broadcasts against them.
 
     With t = logvar - prior_logvar:
-    k = 1/2 sum( exp(t) + (mean - prior_mean)^2 exp(-prior_logvar) - 1 - t )
+    k = 1/2 sum( expm1(t) - t + (mean - prior_mean)^2 exp(-prior_logvar) )
+    expm1(t) is exp(t) - 1 without the cancellation of these two near the prior: no term is negative.
     """
     dtype = compute_dtype(mean, logvar)
     logvar = clamp_logvar(logvar.to(dtype), bounds)
     prior_logvar = torch.as_tensor(prior_logvar, dtype=dtype, device=mean.device)
     ratio = logvar - prior_logvar
     distance = (mean.to(dtype) - prior_mean).square() * (-prior_logvar).exp()
-    return 0.5 * (ratio.exp() + distance - 1 - ratio).flatten(1).sum(1)
+    return 0.5 * (ratio.expm1() - ratio + distance).flatten(1).sum(1)
 
 
 def reparameterize(

@@ -7,8 +7,10 @@ from torch.distributions import Normal, kl_divergence
 
 from sivae_fast.kernels import reference
 from sivae_fast.kernels.gaussian import gaussian_kl, reparameterize, sample_and_kl
+from sivae_fast.kernels.introspective import phase
 from sivae_fast.kernels.philox import _bits, normal
 from sivae_fast.kernels.reconstruction import reconstruction_error
+from sivae_fast.kernels.reference import Member, Source
 
 
 def doubles(*shapes):
@@ -24,6 +26,23 @@ def test_kl_is_that_of_the_distributions():
     )
     narrow = Normal(torch.zeros(6).double(), 0.2)
     torch.testing.assert_close(gaussian_kl(mean, logvar, prior_std=0.2), kl_divergence(q, narrow).sum(1))
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
+def test_kl_near_the_prior(size):
+    """exp(t) - 1 - t = t^2/2 + t^3/6 + ... of a small t, where exp(t), 1 and t cancel."""
+    mean, logvar = (size * torch.randn(2, 4096, 32, generator=torch.Generator().manual_seed(0))).unbind()
+    t = logvar.double()
+    want = 0.5 * (mean.double().square() + t * t * (1 + t / 3 * (1 + t / 4 * (1 + t / 5))) / 2).sum(1)
+    for kl in (gaussian_kl(mean, logvar), sample_and_kl(mean, logvar, mean)[1]):
+        assert kl.dtype == torch.float32 and (kl >= 0).all()
+        torch.testing.assert_close(kl.double(), want, rtol=1e-5, atol=0)
+    means = torch.zeros(4096, 32)
+    assert (reference.gaussian_kl(means, logvar) >= 0).all()
+    objective = phase(
+        [Source(mean=means, logvar=logvar)], [Member.LINEAR], torch.tensor([[0.0], [1], [0], [0]])
+    )
+    assert (objective[1][1] >= 0).all()
 
 
 def test_known_kl():
