@@ -2,9 +2,11 @@
 # Everything that needs a GPU, in one go: the tests marked gpu, then the benches. Results go into a folder.
 #
 #     bench/gpu.sh RESULTS            everything
-#     bench/gpu.sh RESULTS step small     some of: tests losses chains step small profile memory chamfer
+#     bench/gpu.sh RESULTS step small     some of: tests stress losses chains step small profile memory chamfer sanitize
 #
-# RESOLUTION (256) is that of step, profile and memory, BATCHES ("8 16 32 64") are those of step.
+# RESOLUTION (256) is that of step, profile and memory, BATCHES ("8 16 32 64") are those of step, SIVAE_STRESS (20000)
+# is the number of launches of each stress test. Where the copy that runs is no git repository, SIVAE_COMMIT tells
+# the results their commit. sanitize runs kernels under compute-sanitizer where that is installed.
 #
 # Needs PyTorch with Triton, NumPy, safetensors, pydantic, PyYAML, Pillow, pytest, pytest-benchmark and hypothesis;
 # without matplotlib there are no pictures. Without a GPU the same benches run on the CPU.
@@ -12,7 +14,7 @@ set -uo pipefail
 out=$(mkdir -p "${1:?the folder of the results}" && cd "$1" && pwd)
 parts=" ${*:2} "
 for part in "${@:2}"; do
-  [[ " tests losses chains step small profile memory chamfer " = *" $part "* ]] && continue
+  [[ " tests stress losses chains step small profile memory chamfer sanitize " = *" $part "* ]] && continue
   echo "error: $part is no part, see the head of $0" >&2
   exit 2
 done
@@ -29,7 +31,9 @@ run() { # NAME COMMAND...: keeps the output, goes on after a failure
   local code=${PIPESTATUS[0]}
   [ "$code" = 0 ] || [ "$code" = 5 ] || failed=1 # 5: pytest had nothing to run
 }
-run tests python3 -m pytest -o addopts="" -q -m gpu --benchmark-skip --continue-on-collection-errors tests
+pytest=(python3 -m pytest -o addopts="" -q -m gpu --benchmark-skip)
+run tests "${pytest[@]}" --continue-on-collection-errors tests -k "not stress"
+SIVAE_STRESS=${SIVAE_STRESS:-20000} run stress "${pytest[@]}" tests/kernels/test_gpu.py -k stress
 run losses python3 bench/losses.py --out "$out"
 run chains python3 bench/chains.py --out "$out"
 run step python3 bench/step.py --resolution "${RESOLUTION:-256}" --batches ${BATCHES:-8 16 32 64} \
@@ -39,4 +43,11 @@ run profile python3 bench/step_profile.py --config launch/configs/ffhq256.yaml -
   data.path=quickstart data.loader=torch train.precision=bf16 model.resolution="${RESOLUTION:-256}"
 run memory python3 bench/memory.py --resolution "${RESOLUTION:-256}" --batches 4 8 16 --out "$out"
 run chamfer python3 bench/chamfer.py --batch 32 --out "$out"
+if command -v compute-sanitizer > /dev/null; then
+  # Every tensor in an allocation of its own, or an access past its end would meet its neighbour.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitize timeout 600 compute-sanitizer --error-exitcode 1 "${pytest[@]}" \
+    tests/kernels/test_gpu.py tests/kernels/triton_cases -k "full_size or map_chains or sizes or many_chunks"
+elif [[ $parts = *" sanitize "* ]]; then
+  echo "sanitize: compute-sanitizer is not installed" | tee "$out/sanitize.txt"
+fi
 exit $failed
