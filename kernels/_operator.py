@@ -51,8 +51,10 @@ class FusedOperator:
         kind: str = "",
     ) -> Sequence[Tensor]:
         settings = (plan, numbers, kind)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
             return self.operator(tensors, constants, *settings)
+        if torch._C._are_functorch_transforms_active():
+            refuse_transform()
         return _Eager.apply(self, settings, len(constants), *constants, *tensors)
 
     def _setup(self, ctx, inputs, output) -> None:
@@ -101,6 +103,10 @@ class _Eager(torch.autograd.function._SingleLevelFunction):
         return tuple(output)
 
     @staticmethod
+    def jvp(ctx, *_):
+        refuse_transform()
+
+    @staticmethod
     def backward(ctx, *upstream):
         skipped = 3 + ctx.sizes[1]
         return *[None] * skipped, *ctx.fused.gradients(ctx, upstream, ctx.needs_input_grad[skipped:])
@@ -127,6 +133,14 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
     if torch._C._len_torch_dispatch_stack():
         return False
     return {*map(type, tensors)} <= _PLAIN
+
+
+def refuse_transform():
+    raise RuntimeError(
+        "the fused operators know backward() and torch.autograd.grad alone, neither forward-mode derivatives "
+        "nor torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap): use the formulas of "
+        "sivae_fast.kernels.reference or kernels.style.reference"
+    )
 
 
 def refuse_second_derivative(*_):

@@ -145,6 +145,37 @@ def test_second_derivatives_are_refused():
         gradient.sum().backward()
 
 
+def dual(function, mean):
+    with torch.autograd.forward_ad.dual_level():
+        return function(torch.autograd.forward_ad.make_dual(mean, mean))
+
+
+TRANSFORMS = {
+    "jvp": lambda f, mean: torch.func.jvp(f, (mean,), (mean,)),
+    "dual numbers": dual,
+    "vmap": lambda f, mean: torch.func.vmap(f)(mean[None]),
+    **{
+        n: lambda f, mean, n=n: getattr(torch.func, n)(f)(mean)
+        for n in ("grad", "jacfwd", "jacrev", "hessian")
+    },
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_are_refused(transform):
+    """Zeros for tangents, for one, would be a wrong answer without a word."""
+    mean, other = torch.randn(2, 4, 3).unbind()
+    weights = torch.tensor([[1.0], [1], [0], [0]])
+    for function in (
+        lambda m: gaussian_kl(m, other).sum(),
+        lambda m: sample_and_kl(m, other, other)[1].sum(),
+        lambda m: reconstruction_error(m, other).sum(),
+        lambda m: phase([Source(mean=m, logvar=other)], [Member.LINEAR], weights)[0],
+    ):
+        with pytest.raises(RuntimeError, match=r"the fused operators know backward\(\) .* alone"):
+            transform(function, mean)
+
+
 MEAN = torch.zeros(2, 3)
 WRONG = {
     "no noise": (lambda: sample_and_kl(MEAN, MEAN), ValueError, "noise and seed: exactly one"),
