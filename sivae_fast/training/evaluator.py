@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,6 +25,9 @@ from sivae_fast.systems import levels, make_model
 
 SMALLEST_SSIM = 11  # pixels of its window
 FEWEST = 6  # images that have a fifth neighbour
+#: Metrics of which more is better.
+MORE = {"precision", "recall", "density", "coverage", "psnr", "ssim", "log_likelihood", "swap_ssim"}
+MORE |= {"coverage_chamfer", "coverage_emd", "class_from_class_code", "content_from_content_code"}
 
 
 class Evaluator:
@@ -151,6 +154,11 @@ MEASURES = {
     "pointnet": CloudMeasures,
     "two_encoder": TranslationMeasures,
 }
+
+
+def is_best(name: str, value: float, others: Iterable[float]) -> bool:
+    """Whether `value` of the metric `name` is better than all others."""
+    return all(value > other if name in MORE else value < other for other in others)
 
 
 def _check_ssim(config: Config) -> None:

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from sivae_fast.checkpoint import save_checkpoint, save_snapshot
 from sivae_fast.progress import Progress
-from sivae_fast.run import Run
+from sivae_fast.run import Run, read_metrics
 from sivae_fast.systems import save_picture
 from sivae_fast.training.agreement import check_parameters, on_all_ranks
-from sivae_fast.training.evaluator import Evaluator
+from sivae_fast.training.evaluator import Evaluator, is_best
 
 logger = logging.getLogger("sivae_fast")
 
@@ -149,6 +149,8 @@ class Recorder:
         if self._run is None:
             return {}
         seconds = time.perf_counter() - started
+        with self._going_on("best snapshot"):
+            self._keep_best(records)
         for name, record in records.items():
             with self._going_on(name):
                 self._run.metric(name, record)
@@ -191,9 +193,19 @@ class Recorder:
             kept = "there is none before" if before is None else f"the one at {before} images is whole"
             logger.error("checkpoint at %s images not saved: %s; %s", trainer.images, error, kept)
 
-    def _save_snapshot(self) -> None:
+    def _keep_best(self, records: dict[str, dict]) -> None:
+        """A snapshot where the first of the metrics is better than ever before at this size."""
+        name = self._trainer.config.measured[0]
+        if name not in records:
+            return
+        size = records[name].get("resolution")
+        earlier = [r["value"] for r in read_metrics(self.folder).get(name, ()) if r.get("resolution") == size]
+        if is_best(name, records[name]["value"], earlier):
+            self._save_snapshot(self.folder / f"best-{name}.safetensors")
+
+    def _save_snapshot(self, path: Path | None = None) -> None:
         trainer = self._trainer
-        path = self.folder / "snapshots" / f"{trainer.images:010d}.safetensors"
+        path = path or self.folder / "snapshots" / f"{trainer.images:010d}.safetensors"
         weights = "averaged" if trainer.average else "raw"
         save_snapshot(path, self._model(), trainer.config, trainer.images, weights=weights)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sivae_fast
 from sivae_fast import config, measure, measure_clouds, measure_translation
 from sivae_fast.checkpoint import load_newest
 from sivae_fast.commands.report import report
@@ -101,6 +102,26 @@ def test_values_are_those_of_the_command_and_reach_stats_and_report(tmp_path, pi
         assert in_ticks == {r["images"]: r["value"] for r in found[name]}
     page = report(run).read_text(encoding="utf-8")
     assert "<h3>fid</h3>" in page and "<h3>metric/fid</h3>" not in page
+
+
+@pytest.mark.parametrize("metric", ["mse", "psnr"])
+def test_the_best_model_so_far_is_kept(tmp_path, pictures, monkeypatch, metric):
+    """The best of three values at 16 pixels; a better one at 8 pixels is no rival."""
+    values = iter([1.0, 5.0, 4.0, 6.0] if metric == "mse" else [9.0, 5.0, 6.0, 4.0])
+    of = evaluator.ImageMeasures.of
+
+    def measured(self, *about):
+        records = of(self, *about)
+        records[metric]["value"] = next(values)
+        return records
+
+    monkeypatch.setattr(evaluator.ImageMeasures, "of", measured)
+    asked = {"every": 32, "metrics": [metric, "log_likelihood"], "images": 20}
+    run = train(settings(tmp_path, pictures, 128, model=STYLE, evaluate=asked))
+    assert [r["resolution"] for r in read_metrics(run)[metric]] == [8, 16, 16, 16]
+    best = sivae_fast.load(run / f"best-{metric}.safetensors")
+    assert best.images == 96 and best.facts["weights"] == "averaged"
+    assert [path.name for path in run.glob("best-*")] == [f"best-{metric}.safetensors"]
 
 
 def test_a_resumed_run_repeats_none_and_skips_none(tmp_path, pictures):
