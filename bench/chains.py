@@ -25,6 +25,7 @@ from sivae_fast.config import load_config
 from sivae_fast.files import write_text
 from sivae_fast.kernels.style import activate_normalize, reference
 
+RESULTS = Path(__file__).parent / "results"
 CHAINS = ("decoder", "encoder")
 DIRECTIONS = ("forward", "backward", "both")
 LIMITS = {torch.bfloat16: (1e-2, 1e-2), torch.float32: (1e-4, 1e-4)}  # of values, of gradients
@@ -201,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seconds", type=float, default=0.1, help="of each measurement")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--points", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
     options = parser.parse_args(arguments)
     device, known, rows = options.device, machine(options.device), []
     for name, version in versions().items():

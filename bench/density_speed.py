@@ -1,6 +1,6 @@
 """Iterations a second on a density beside the plain published iteration: same threads, machine and run.
 
-    python bench/density_speed.py [--threads 1]     writes bench/results/density_speed.json
+    python bench/density_speed.py [--threads 1] [--out bench/results/density_speed.json]
 
 Each contender runs in processes of its own, in turns, so that a change of the machine's load meets all.
 The numbers are best of the turns, in processor time of the process (what a quiet core would take) and in wall
@@ -34,6 +34,7 @@ from sivae_fast.systems import make_schedule
 from sivae_fast.training.loop import Trainer
 
 REPOSITORY = Path(__file__).parents[1]
+RESULT = REPOSITORY / "bench" / "results" / "density_speed.json"
 BATCH = 512
 PHASES = ("soft", "vae")
 CONTENDERS = {  # overrides of the configuration; None: the plain iteration
@@ -176,6 +177,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: the committed file")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "PHASE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -194,7 +196,7 @@ def main() -> None:
         **summary(run(options.threads, options.turns)),
     }
     text = json.dumps(record, indent=1)
-    write_text(REPOSITORY / "bench" / "results" / "density_speed.json", text + "\n")
+    write_text(options.out, text + "\n")
     print(text)
 
 

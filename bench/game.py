@@ -4,11 +4,12 @@ The paper's theorem: at the Nash equilibrium the decoder's distribution minimise
 KL(p_data || p) + gamma H(p), and the encoder is its posterior. Here encoder and decoder are tables of logits,
 every expectation is a sum, and many games are played side by side.
 
-    python bench/game.py     plays the games of TABLE, writes bench/results/game.json and game.png
+    python bench/game.py [--out bench/results]     plays the games of TABLE, writes game.json and game.png
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -176,7 +177,10 @@ def draw_figure(played: Played, path: Path) -> None:
 
 
 def main() -> None:
-    RESULTS.mkdir(exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
     played, p_data = play_table()
     gaps = posterior_gap(played.encoder, played.decoder, p_data)
     rows = []
@@ -192,8 +196,8 @@ def main() -> None:
         rows.append(row)
         print(row)
     record = {"command": "python bench/game.py", **machine("cpu"), "games": rows}
-    (RESULTS / "game.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw_figure(played, RESULTS / "game.png")
+    (out / "game.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw_figure(played, out / "game.png")
 
 
 if __name__ == "__main__":

@@ -185,7 +185,9 @@ def machine() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "loader-cpu.json")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "loader-cpu.json", help="default: the committed file"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     known, loads = machine(), [os.getloadavg()[0]]

@@ -36,6 +36,7 @@ from torch import Tensor
 from sivae_fast import Posterior, SoftIntroVAE, Term
 from sivae_fast.files import write_text
 
+RESULTS = Path(__file__).parent / "results"
 SIZES = {"image256": ((3, 256, 256), 512), "image32": ((3, 32, 32), 128), "plane": ((2,), 2)}
 BATCHES = (4, 16, 64, 256)
 DIRECTIONS = ("forward", "both", "backward")
@@ -296,7 +297,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
     parser.add_argument("--batches", type=int, nargs="+", help="4 16 64 256; on the CPU up to 64")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--threads", type=int, default=1, help="on the CPU")

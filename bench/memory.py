@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
     parser.add_argument("--one", nargs=2, metavar=("PROVIDER", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "bench" / "results" / "soak.json"
 sys.path.insert(0, str(ROOT))
 
 from bench.fault_program import damage  # noqa: E402
@@ -90,8 +91,9 @@ def soak(folder: Path, seconds: float, every: float = 30.0, seed: int = 0) -> di
         )
         print(json.dumps(faults[-1]), flush=True)
     launch.kill()
+    under_faults = round(time.time() - started)
     images = _newest(bench)["images"] + 32
-    return {"faults": faults, **_compare(bench, images), "seconds_under_faults": round(time.time() - started)}
+    return {"faults": faults, **_compare(bench, images), "seconds_under_faults": under_faults}
 
 
 def _compare(bench: Bench, images: int) -> dict:
@@ -149,13 +151,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--every", type=float, default=30.0, help="seconds from training to the next fault")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: the committed file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = soak(Path(folder), 60 * options.minutes, options.every, options.seed)
     found = {"command": "python bench/soak.py", "seed": options.seed, "ranks": 2, **machine("cpu"), **found}
-    path = ROOT / "bench" / "results" / "soak.json"
-    write_text(path, json.dumps(found, indent=1) + "\n")
-    print(f"{len(found['faults'])} faults, {found['images']:,} images: the same bits as without. {path}")
+    write_text(options.out, json.dumps(found, indent=1) + "\n")
+    print(
+        f"{len(found['faults'])} faults, {found['images']:,} images: the same bits as without. {options.out}"
+    )
     return 0
 
 

@@ -30,6 +30,7 @@ from sivae_fast.files import write_text
 from sivae_fast.systems import make_schedule
 from sivae_fast.training.loop import Trainer
 
+RESULTS = Path(__file__).parent / "results"
 OF_A_SIDE = ("forward", "loss", "backward", "optimizer")
 SIDES = ("encoder", "decoder")
 PARTS = ["loader", *(f"{side} {part}" for side in SIDES for part in OF_A_SIDE), "averaging", "rest"]
@@ -240,7 +241,7 @@ def main() -> None:
     parser.add_argument("--config", default="launch/configs/quickstart.yaml")
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1, help="on the CPU")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
