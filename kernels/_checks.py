@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -54,6 +56,30 @@ def check_tensors(*groups: Sequence[tuple[Tensor, str, str]]) -> None:
                         f"{_name(entry)} has shape {list(tensor.shape)}, {_name(group[0])} {list(shape)}: "
                         "must be equal"
                     )
+
+
+def finite(name: str, value: float) -> float:
+    """`value`, a number of Python or numpy, as a float; ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)) or not math.isfinite(value):
+        hint = f": float({name}) if it holds one" if isinstance(value, Tensor) else ""
+        raise ValueError(f"{name} is {value!r}, must be a finite number{hint}")
+    return float(value)
+
+
+def positive(name: str, value: float) -> float:
+    if finite(name, value) <= 0:
+        raise ValueError(f"{name} is {value!r}, must be positive")
+    return float(value)
+
+
+def bounds(name: str, value: Sequence[float] | None) -> tuple[float, float] | None:
+    """(low, high) as floats, which may be infinite; ValueError for anything else."""
+    if value is None:
+        return None
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not pair or not all(isinstance(number, Real) for number in value) or not value[0] < value[1]:
+        raise ValueError(f"{name} is {value!r}, must be (low, high) with low < high, or None")
+    return float(value[0]), float(value[1])
 
 
 def _check_first(entry: tuple[Tensor, str, str], whole: tuple[Tensor, str, str]) -> None:

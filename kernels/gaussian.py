@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from ._batch import rows
-from ._checks import check_tensors
+from ._checks import bounds, check_tensors, positive
 from ._launch import runs_triton
 from ._operator import FusedOperator
 from .philox import normal
@@ -77,13 +77,14 @@ def reparameterize(
     """z of `sample_and_kl`."""
     if noise is not None and not runs_triton((mean, logvar, noise)):
         _check(mean, logvar, noise, None, None, None, 1.0)
+        logvar_clamp = bounds("logvar_clamp", logvar_clamp)
         return reference.reparameterize(mean, logvar, noise, logvar_clamp)
     return sample_and_kl(mean, logvar, noise, seed=seed, logvar_clamp=logvar_clamp)[0]
 
 
 def _gaussian(mean, logvar, noise, seed, prior_mean, prior_logvar, prior_std, clamp) -> Sequence[Tensor]:
     _check(mean, logvar, noise, seed, prior_mean, prior_logvar, prior_std)
-    low, high = clamp or (-math.inf, math.inf)
+    low, high = bounds("logvar_clamp", clamp) or (-math.inf, math.inf)
     tensors = [mean, logvar]
     if noise is not None:
         tensors.append(noise)
@@ -98,6 +99,7 @@ def _gaussian(mean, logvar, noise, seed, prior_mean, prior_logvar, prior_std, cl
 def _check(mean, logvar, noise, seed, prior_mean, prior_logvar, prior_std) -> None:
     named = [(mean, "mean", ""), (logvar, "logvar", "")]
     check_tensors(named if noise is None else [*named, (noise, "noise", "")])
+    positive("prior_std", prior_std)
     if (prior_mean is None) != (prior_logvar is None):
         raise ValueError("prior_mean and prior_logvar: give both or none of them")
     if prior_mean is not None:
@@ -106,8 +108,6 @@ def _check(mean, logvar, noise, seed, prior_mean, prior_logvar, prior_std) -> No
                 raise TypeError(f"{name} must be a float tensor on {mean.device}, got {prior!r}")
         if prior_std != 1.0:
             raise ValueError(f"prior_std is {prior_std}, must be left out where prior_mean is given")
-    if not (math.isfinite(prior_std) and prior_std > 0):
-        raise ValueError(f"prior_std is {prior_std}, must be positive")
     if seed is not None and not isinstance(seed, Tensor):
         raise TypeError(f"seed is {seed!r}, must be a tensor of one int64 number on {mean.device}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != mean.device):

@@ -115,8 +115,8 @@ def reparameterize(
 def member_value(member: Member, u: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """(share of the loss, 0-dim; statistic per sample [B]) of one source.
 
-    The exponent is never positive: a u below 0, which only rounding produces, counts as 0 with the slope of
-    0.
+    The exponent is never positive: a u below 0 counts as 0, with the slope of 0. Only rounding produces one,
+    or errors from elsewhere that are negative; nothing overflows then.
     """
     if member == Member.EXPONENTIAL:
         statistic = (-q * (u + (-u).relu().detach())).exp()

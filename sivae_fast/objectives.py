@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from sivae_fast.contract import Posterior
 from sivae_fast.kernels import gaussian, reference
+from sivae_fast.kernels._checks import bounds, finite, positive
 from sivae_fast.kernels.introspective import phase
 from sivae_fast.kernels.reference import Member, Source
 
@@ -38,7 +39,9 @@ class Term(NamedTuple):
 
     target, prediction: float tensors [B, ...] of one shape; dtypes may differ.
     posterior: mean and logvar [B, ...].
-    error: reconstruction errors [B] that were computed elsewhere, in place of target and prediction.
+    error: reconstruction errors [B] that were computed elsewhere, in place of target and prediction. Not
+        negative for the fakes of `SoftIntroVAE.encoder`, where an exponent above 0 counts as 0: subtract its
+        lower bound from an error that can be negative, as that of a decoder that learns its variance.
     """
 
     target: Tensor | None = None
@@ -217,10 +220,14 @@ class Objective(nn.Module):
                 statistics[f"{statistic}_{name}"] = columns[2 * count + i]
         if self.check and not torch.compiler.is_compiling():
             check_statistics(statistics)
+            given = [name for name, term in terms.items() if term.error is not None]
+            _check_exponents(statistics, [name for name in given if f"exp_elbo_{name}" in statistics])
         return Loss(loss, statistics)
 
     def _table(self, name: str, device: torch.device) -> Tensor:
         table = self._buffers[f"_{name}_table"]
+        if device.type == "meta":
+            return table.to(device)  # shapes alone are asked for: the weights stay
         if table.device != device:
             self.to(device)  # once, where the user did not
             table = self._buffers[f"_{name}_table"]
@@ -232,11 +239,11 @@ class Objective(nn.Module):
     def _checked(self, name: str, value):
         """`value` of the weight or option `name` as it is kept, or a ValueError."""
         if name in ("scale", "alpha", "prior_std", "huber_delta"):
-            return _positive(name, value)
+            return positive(name, value)
         if name == "reconstruction":
             return _one_of(name, value, reference.RECONSTRUCTIONS)
         if name == "logvar_clamp":
-            return _bounds(name, value)
+            return bounds(name, value)
         return bool(value) if name in self._options else _not_negative(name, value)
 
     def __setattr__(self, name: str, value) -> None:
@@ -388,34 +395,36 @@ def _columns(rows: list[list[float]], dtype: torch.dtype) -> Tensor:
     return torch.tensor(rows, dtype=dtype).t().contiguous()
 
 
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, must be a finite number")
-    return float(value)
-
-
 def _not_negative(name: str, value: float) -> float:
-    if _number(name, value) < 0:
+    if finite(name, value) < 0:
         raise ValueError(f"{name} is {value!r}, must not be negative")
     return float(value)
+
+
+def _check_exponents(statistics: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Raises ValueError where an error that a term of `names` came with is negative."""
+    for name in names:
+        least = statistics[f"rec_{name}"].min().item()
+        if least < 0:
+            raise ValueError(
+                f"error of {name} holds {least}: must not be negative under an exponential, whose exponents "
+                "above 0 count as 0; subtract the lower bound of the error"
+            )
 
 
 def _require(phase: str, name: str, term: Term, *, error: bool, posterior: bool) -> None:
     """Raises where a term lacks what its phase adds up: left out, that would train something else."""
     if not isinstance(term, Term):
         raise TypeError(f"{name} is a {type(term).__name__}, must be a Term")
-    if isinstance(term.posterior, Tensor):
-        raise TypeError(f"posterior of {name} is a tensor, must be Posterior(mean, logvar)")
+    if term.posterior is not None and not (
+        isinstance(term.posterior, (tuple, list)) and len(term.posterior) == 2
+    ):
+        kind = type(term.posterior).__name__
+        raise TypeError(f"posterior of {name} is a {kind}, must be Posterior(mean, logvar)")
     if error and term.target is None and term.error is None:
         raise ValueError(f"{name} has no target and prediction: the {phase} needs its reconstruction error")
     if posterior and term.posterior is None:
         raise ValueError(f"{name} has no posterior: the {phase} needs its KL")
-
-
-def _positive(name: str, value: float) -> float:
-    if _number(name, value) <= 0:
-        raise ValueError(f"{name} is {value!r}, must be positive")
-    return float(value)
 
 
 def _one_of(name: str, value: str, accepted: Sequence[str]) -> str:
@@ -424,15 +433,9 @@ def _one_of(name: str, value: str, accepted: Sequence[str]) -> str:
     return value
 
 
-def _bounds(name: str, value: tuple[float, float] | None) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    if len(value) != 2 or not value[0] < value[1]:
-        raise ValueError(f"{name} is {value!r}, must be (low, high) with low < high, or None")
-    return float(value[0]), float(value[1])
-
-
 def _shares(name: str, value: Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(value, Mapping) or not all(isinstance(source, str) for source in value):
+        raise ValueError(f"{name} is {value!r}, must be weights by name, as {{'rec': 0.5, 'fake': 0.5}}")
     shares = {source: _not_negative(f"{name}[{source!r}]", share) for source, share in value.items()}
     if "real" in shares or not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
         raise ValueError(f"{name} is {dict(value)!r}, must hold weights that sum to 1 and no source 'real'")

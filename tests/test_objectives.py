@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,6 +102,36 @@ def test_small_alpha_is_the_linear_member():
     linear = -0.02 * 0.5 * sum((0.5 * sse(term) + 3 * kl(term)).mean() for term in (rec, fake))
     got = soft.encoder(real, rec, fake).loss - 1 / alpha - base
     torch.testing.assert_close(got, linear, rtol=1e-4, atol=0)
+
+
+def test_negative_errors_are_refused_by_a_check():
+    """The exponent stops at 0: errors below would give another loss than the formula."""
+    options = {"beta_rec": 1.0, "beta_kl": 1.0, "beta_neg": 1.0, "scale": 0.01}
+    terms = [Term(posterior=term.posterior, error=torch.full((4,), -300.0).double()) for term in batch()]
+    loss, statistics = SoftIntroVAE(**options).encoder(*terms)
+    assert loss.isfinite() and (statistics["exp_elbo_rec"] == 1).all()
+    checked = SoftIntroVAE(**options, check=True)
+    with pytest.raises(ValueError, match=r"error of rec holds -300.0: must not be negative .* lower bound"):
+        checked.encoder(*terms)
+    same(checked.vae(terms[0]), (kl(terms[0]) - 300).mean())
+
+
+def test_weights_of_numpy():
+    numbers = {"beta_rec": 0.5, "beta_kl": 1, "beta_neg": 3, "scale": 0.25}
+    objective = SoftIntroVAE(**{name: np.float32(value) for name, value in numbers.items()})
+    objective.beta_kl = np.int64(1)
+    same(objective.encoder(*batch()), SoftIntroVAE(**numbers).encoder(*batch()).loss)
+
+
+def test_shapes_asked_for_on_meta_move_no_weights():
+    objective = SoftIntroVAE(beta_rec=0.5, beta_kl=0.8, beta_neg=3.0, scale=0.02)
+    want = objective.encoder(*batch()).loss
+    shapes = [
+        Term(t.target.to("meta"), t.prediction.to("meta"), Posterior(*(p.to("meta") for p in t.posterior)))
+        for t in batch()
+    ]
+    assert objective.encoder(*shapes).loss.device.type == "meta"
+    same(objective.encoder(*batch()), want)
 
 
 def test_any_fake_sources():
@@ -275,6 +306,16 @@ WRONG = {
         {"reconstruction": "mse"},
         "reconstruction is 'mse', must be one of sse, l1, huber, bce",
     ),
+    "tensor": (
+        {"beta_neg": torch.tensor(3.0)},
+        r"beta_neg is tensor\(3.\), must be a finite number: float\(beta_neg\)",
+    ),
+    "clamp of one": (
+        {"logvar_clamp": 3},
+        r"logvar_clamp is 3, must be \(low, high\) with low < high, or None",
+    ),
+    "clamp of text": ({"logvar_clamp": "ab"}, r"logvar_clamp is 'ab', must be \(low, high\)"),
+    "fakes without weights": ({"fakes": ["a", "b"]}, r"fakes is \['a', 'b'\], must be weights by name"),
     "clamp": ({"logvar_clamp": (2.0, -2.0)}, r"logvar_clamp is \(2.0, -2.0\), must be \(low, high\)"),
     "fakes": ({"fakes": {"fake": 0.4}}, "fakes is {'fake': 0.4}, must hold weights that sum to 1"),
 }
@@ -368,8 +409,10 @@ def test_a_term_without_what_its_phase_needs_is_refused():
         soft.decoder(bare(real), coded(rec), coded(fake)),
     ):
         assert loss.loss.isfinite()
-    with pytest.raises(TypeError, match="posterior of real is a tensor, must be Posterior"):
-        soft.encoder(Term(real.target, real.prediction, real.posterior.mean), rec, fake)
+    for wrong in (real.posterior.mean, torch.distributions.Normal(real.posterior.mean, 1.0)):
+        message = f"posterior of real is a {type(wrong).__name__}, must be Posterior"
+        with pytest.raises(TypeError, match=message):
+            soft.encoder(Term(real.target, real.prediction, wrong), rec, fake)
     with pytest.raises(TypeError, match="real is a Tensor, must be a Term"):
         soft.encoder(real.target, rec, fake)
 

@@ -199,6 +199,21 @@ WRONG = {
         ValueError,
         "prior_std is -1.0, must be pos",
     ),
+    "prior_std tensor": (
+        lambda: gaussian_kl(MEAN, MEAN, prior_std=torch.tensor(2.0)),
+        ValueError,
+        r"prior_std is tensor\(2.\), must be a finite number: float\(prior_std\)",
+    ),
+    "clamp": (
+        lambda: gaussian_kl(MEAN, MEAN, logvar_clamp=3),
+        ValueError,
+        r"logvar_clamp is 3, must be \(low",
+    ),
+    "clamp of a sample": (
+        lambda: reparameterize(MEAN, MEAN, MEAN, logvar_clamp=(2, 1)),
+        ValueError,
+        r"logvar_clamp is \(2, 1\), must be \(low",
+    ),
     "kind": (
         lambda: reconstruction_error(MEAN, MEAN, "mse"),
         ValueError,
