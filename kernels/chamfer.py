@@ -13,7 +13,7 @@ from torch import Tensor
 from ._launch import runs_triton
 
 _TILE = 1 << 17  # distances in flight on the CPU: 512 KiB in fp32, what a core's second-level cache holds
-_GROUP = 32
+_LANES, _GROUP = 32, 32  # at least so many points side by side for vectors, at most so many in a group
 
 
 def chamfer(x: Tensor, y: Tensor, reduction: str = "sum") -> Tensor:
@@ -59,9 +59,11 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distance [B, N] to, int32 index [B, N] of the point of y [B, M, 3] nearest to x [B, N, 3]."""
-    points, groups = y.shape[1], -(-y.shape[1] // _GROUP)
+    points = y.shape[1]
+    size = min(max(1, points // _LANES), _GROUP)
+    groups = -(-points // size)
     # Whole groups let the minimum run in two vectorised levels; the last point repeated changes no minimum.
-    whole = torch.arange(groups * _GROUP, device=y.device).clamp_(max=points - 1)
+    whole = torch.arange(groups * size, device=y.device).clamp_(max=points - 1)
     others = y.transpose(1, 2)[:, :, whole].contiguous()
     distance = x.new_empty(x.shape[:2])
     index = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
@@ -72,9 +74,9 @@ def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             part = cloud[start : start + rows]
             count = len(part)
             _squares(part, other, square[:count], difference[:count])
-            lanes = square[:count].view(count, _GROUP, groups)
+            lanes = square[:count].view(count, size, groups)
             lane = lanes.amin(1).argmin(1, keepdim=True)
-            column = lanes.gather(2, lane[:, None].expand(-1, _GROUP, 1)).squeeze(2)
+            column = lanes.gather(2, lane[:, None].expand(-1, size, 1)).squeeze(2)
             value, group = column.min(1, keepdim=True)
             best[start : start + rows] = value[:, 0]
             at[start : start + rows] = (group * groups + lane)[:, 0].clamp_(max=points - 1)
