@@ -144,7 +144,7 @@ def _forward(tensors, constants, plan, numbers, kind) -> list[Tensor]:
 def _fake(tensors, constants, plan, numbers, kind) -> list[Tensor]:
     mean = rows(tensors[0])
     z = mean.new_empty(mean.shape if plan[0] or plan[1] else 0)
-    return [z, mean.new_empty(len(mean), dtype=reference.compute_dtype(*tensors))]
+    return [z, mean.new_empty(mean.shape[0], dtype=reference.compute_dtype(*tensors))]
 
 
 def _backward(upstream, tensors, constants, outputs, needs, plan, numbers, kind) -> list[Tensor]:

@@ -61,7 +61,7 @@ def _forward(tensors, constants, plan, numbers, kind) -> list[Tensor]:
 
 
 def _fake(tensors, constants, plan, numbers, kind) -> list[Tensor]:
-    samples, sources = len(tensors[0]), (len(plan) - 2) // 5
+    samples, sources = tensors[0].shape[0], (len(plan) - 2) // 5
     shapes = [(), (3, sources, samples)]
     if runs_triton(tensors):
         shapes.append((2, sources, samples))

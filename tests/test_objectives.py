@@ -7,8 +7,18 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from sivae_fast import VAE, IntroVAE, LinearIntroVAE, Posterior, SoftIntroVAE, Term, check_statistics
+from sivae_fast import (
+    VAE,
+    IntroVAE,
+    LinearIntroVAE,
+    Posterior,
+    SoftIntroVAE,
+    Term,
+    check_statistics,
+    gaussian_kl,
+)
 from tests.models.published_fill import sequence
 
 
@@ -254,6 +264,26 @@ def test_compiles_whole_and_once(objective):
         assert len(results[0]) == len(results[1])
         for eager, other in zip(*results, strict=True):
             torch.testing.assert_close(other, eager, rtol=1e-6, atol=1e-6)
+
+
+def test_compiles_once_for_all_batch_sizes():
+    """Once for the first size, once more for any, as plain PyTorch does."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    objective = OBJECTIVES["soft"]
+
+    def total(*terms):
+        kl = gaussian_kl(*terms[0].posterior)
+        return objective.encoder(*terms).loss + objective.decoder(*terms).loss + kl.sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend=counter)
+    for samples in (4, 6, 5, 7):
+        terms = batch(samples=samples)
+        tensors = [t for term in terms for t in (term.target, term.prediction, *term.posterior)]
+        found, want = (torch.autograd.grad(f(*terms), tensors) for f in (compiled, total))
+        for got, expected in zip(found, want, strict=True):
+            torch.testing.assert_close(got, expected)
+    assert counter.frame_count == 2
 
 
 def test_gradients_reach_what_requires_them():
