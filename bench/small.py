@@ -4,8 +4,9 @@
 
 The density model at batch 512 and the residual model at 32x32 and batch 32, as their configurations have
 them, data included; on a CPU far smaller, and without graphs, to show that the script runs. `plain` is the
-published iteration in plain PyTorch with its data on the device already. Rounds of all are interleaved, a row
-holds the median. Before anything is timed, the losses of the first iterations of all must agree.
+published iteration in plain PyTorch with its data on the device already; on a GPU it is there with networks
+compiled by torch.compile, too. Rounds of all are interleaved, a row holds the median. Before anything is
+timed, the losses of the first iterations of all must agree.
 """
 
 from __future__ import annotations
@@ -69,8 +70,11 @@ class System:
         draws = trainer.draws(Rows.all(trainer.stage.batch))
         return trainer.data.to_input(batch, draws, trainer.lod, 1.0)
 
-    def plain(self, trainer: Trainer) -> Callable[..., tuple[float, float]]:
-        """Both losses of the plain iteration on x, from the trainer's weights and its draws at `images`."""
+    def plain(self, trainer: Trainer, compile: dict | None = None) -> Callable[..., tuple[float, float]]:
+        """Both losses of the plain iteration on x, from the trainer's weights and its draws at `images`.
+
+        compile: options of torch.compile for its networks.
+        """
         now, rows = {}, Rows.all(trainer.stage.batch)
 
         def draw(name: str, like: torch.Tensor) -> torch.Tensor:
@@ -82,16 +86,21 @@ class System:
             for ours, theirs in ((encoder, net.encoder), (decoder, net.decoder)):
                 for p, q in zip(ours.parameters(), theirs.to(self.device).parameters(), strict=True):
                     q.data.copy_(p.data)
-            iteration = net.soft
+            iteration, networks = net.soft, (net.encoder, net.decoder)
         else:
             objective, latents = trainer.config.objective, trainer.config.model.latent_size
             betas = objective.beta_rec, objective.beta_kl, objective.beta_neg
             net = PlainResidual(encoder, decoder, decoder, betas, 1e-8, draw)
-            iteration = lambda x: net.iteration(x, latents)
+            iteration, networks = lambda x: net.iteration(x, latents), (encoder, decoder)
+        if compile is not None:
+            for network in networks:
+                network.compile(**compile)
 
         def run(x: torch.Tensor, images: int | None = None) -> tuple[float, float]:
             seed = trainer.config.train.seed
             now["draws"] = None if images is None else Draws(seed, images, rows, self.device)
+            if compile is not None:
+                torch.compiler.cudagraph_mark_step_begin()
             return iteration(x)
 
         return run
@@ -111,6 +120,22 @@ def contenders(device: torch.device) -> dict[str, list[str]]:
         "graphs, bf16": ["train.graphs=true", "train.precision=bf16"],
     }
     return {"eager": []} | (captured if device.type == "cuda" else {})
+
+
+def compiled(device: torch.device) -> dict[str, dict]:
+    """Options of torch.compile for the plain iteration; on a CPU compiling would take the longest."""
+    modes = {"plain, compiled": {}, "plain, reduce-overhead": {"mode": "reduce-overhead"}}
+    return modes if device.type == "cuda" else {}
+
+
+def compiled_plain(system: System, trainer: Trainer, x: torch.Tensor, options: dict) -> Callable[[], object]:
+    """The plain iteration with compiled networks. Raises what compiling does; ValueError at other losses."""
+    plain, quick = system.plain(trainer), system.plain(trainer, options)
+    for images in range(CHECKED):
+        pairs = list(zip(quick(x, images), plain(x, images), strict=True))
+        if not all(abs(a - b) <= TOLERANCE * abs(b) for a, b in pairs):
+            raise ValueError(f"losses and those of the plain iteration: {pairs}")
+    return lambda: quick(x)
 
 
 def largest_difference(system: System) -> float:
@@ -161,7 +186,14 @@ def measure(system: System, options: argparse.Namespace) -> dict:
     made = {name: system.trainer(*overrides) for name, overrides in contenders(system.device).items()}
     eager = made["eager"]
     x, plain = system.input(eager, next(eager._batches())), system.plain(eager)
-    timers = {"plain": timer(lambda: plain(x), system.device, options.seconds)}
+    torch._dynamo.config.recompile_limit = 64  # for two networks, each trained and frozen, in several forms
+    timers, refused = {"plain": timer(lambda: plain(x), system.device, options.seconds)}, {}
+    for name, of_compile in compiled(system.device).items():
+        try:
+            call = compiled_plain(system, eager, x, of_compile)
+            timers[name] = timer(call, system.device, options.seconds)
+        except Exception as error:  # a baseline that does not run must not cost the other rows
+            refused[name] = f"{type(error).__name__}: {error}"[:500]
     for name, trainer in made.items():
         step = functools.partial(trainer._advance, trainer._batches())
         timers[name] = timer(step, system.device, options.seconds)
@@ -171,6 +203,7 @@ def measure(system: System, options: argparse.Namespace) -> dict:
     return {
         "overrides": [text for text in system.overrides if "pictures" not in text],
         "batch": eager.stage.batch,
+        "refused": refused,
         "iterations_per_second": {name: round(1 / seconds.median, 1) for name, seconds in found.items()},
         "least_and_most": {
             name: [round(1 / seconds.most, 1), round(1 / seconds.least, 1)] for name, seconds in found.items()
@@ -194,6 +227,7 @@ def main() -> None:
         "command": f"python bench/small.py --rounds {options.rounds} --seconds {options.seconds}",
         **machine(device.type),
         "clock": "wall, synchronised" if device.type == "cuda" else "processor time",
+        "not_measured": [] if device.type == "cuda" else ["graphs and torch.compile: on a GPU alone"],
         "systems": {},
     }
     for name in SYSTEMS:

@@ -3,7 +3,9 @@
 import importlib
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +38,25 @@ def test_another_loss_is_noticed_and_not_timed(small, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["small.py"])
     with pytest.raises(SystemExit, match="no timing"):
         small.main()
+
+
+def test_a_compiled_plain_iteration_is_timed_if_it_has_the_same_losses(small, monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    options = SimpleNamespace(seconds=0.01, rounds=1)
+    forms = {"plain, compiled": {"backend": "eager"}, "plain, broken": {"backend": "no such backend"}}
+    monkeypatch.setattr(small, "compiled", lambda device: forms)
+    for name in small.SYSTEMS:
+        system = small.System(name, tmp_path, cpu)
+        found = small.measure(system, options)
+        assert set(found["ratio_to_plain"]) == {"plain", "plain, compiled", "eager"}
+        assert set(found["refused"]) == {"plain, broken"}
+    plain = system.plain
+    monkeypatch.setattr(
+        system, "plain", lambda trainer, of=None: (lambda *_: (1.0, 1.0)) if of else plain(trainer)
+    )
+    with closing(system.trainer()) as trainer, pytest.raises(ValueError, match="losses"):
+        x = system.input(trainer, next(trainer._batches()))
+        small.compiled_plain(system, trainer, x, {"backend": "eager"})
 
 
 def test_a_result_names_every_contender(small, monkeypatch, tmp_path):

@@ -58,3 +58,12 @@ def test_a_busy_machine_is_named(table):
     found = {"load_average_by_round": [0.5, 1.9], "machine": {"cores": 2}}
     assert table._busy(found) == ""
     assert "load 0.5 to 4.2" in table._busy({**found, "load_average_by_round": [0.5, 4.2]})
+
+
+def test_small_systems_are_held_against_compiled_ones(table):
+    rates = {"plain": 100.0, "plain, compiled": 200.0, "graphs": 500.0, "graphs, bf16": 900.0}
+    system = {"iterations_per_second": rates, "ratio_to_plain": {k: v / 100 for k, v in rates.items()}}
+    said = table._small({"systems": {"density": system}, "device": "GPU"})
+    assert said == (
+        "density **500** a second (5.0 times plain, 2.5 times the same under torch.compile) (GPU)"
+    )
