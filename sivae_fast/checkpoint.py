@@ -104,7 +104,8 @@ def load(path: str | os.PathLike, averaged: bool = True, device: torch.device | 
     snapshot, which has only one kind of weights, of averaged ones.
     `.config`, `.images` and `.facts` of the model say what it is, `.facts["weights"]` "averaged", "raw" or,
     for a snapshot that does not say, "unknown"; the config is that of the run folder where there is one,
-    which knows the paths of the data. Raises CheckpointError, naming the file.
+    which knows the paths of the data. Raises CheckpointError, naming the file; also for weights that are NaN
+    or infinite.
     """
     name = os.fspath(path)
     path = hub.pull(name.removeprefix(hub.PREFIX)) if name.startswith(hub.PREFIX) else Path(path)
@@ -113,7 +114,7 @@ def load(path: str | os.PathLike, averaged: bool = True, device: torch.device | 
     elif path.with_suffix(".json").is_file() and path.parent.name == "checkpoints":
         if path.suffix == ".json":
             raise CheckpointError(f"{name} only describes a checkpoint: give {path.stem}.safetensors")
-        tensors, config, images, facts = _of_checkpoint(*load_checkpoint(path), averaged)
+        tensors, config, images, facts = _of_checkpoint(path, *load_checkpoint(path), averaged)
     else:
         tensors, config, images, facts = _of_snapshot(path, averaged)
     folder = run_folder(path)
@@ -165,7 +166,8 @@ def _of_folder(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config, i
         return _of_snapshot(path / hub.MODEL, averaged)
     found = load_newest(path / "checkpoints")
     if found is not None:
-        return _of_checkpoint(*found, averaged)
+        newest = path / "checkpoints" / f"{found[1]['images']:010d}.safetensors"
+        return _of_checkpoint(newest, *found, averaged)
     snapshots = sorted((path / "snapshots").glob("*.safetensors"))
     if not snapshots:
         raise CheckpointError(f"{path} holds no checkpoint and no snapshot: give a run folder or a snapshot")
@@ -173,11 +175,12 @@ def _of_folder(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config, i
 
 
 def _of_checkpoint(
-    tensors: dict[str, Tensor], state: dict, averaged: bool
+    path: Path, tensors: dict[str, Tensor], state: dict, averaged: bool
 ) -> tuple[dict[str, Tensor], Config, int, dict[str, str]]:
     average = part(tensors, "average") if averaged else {}
     facts = {"weights": "averaged" if average else "raw"}
-    return part(tensors, "model") | average, make_config(state["config"]), state["images"], facts
+    weights = _finite(part(tensors, "model") | average, path)
+    return weights, make_config(state["config"]), state["images"], facts
 
 
 def _of_snapshot(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config, int, dict[str, str]]:
@@ -197,7 +200,15 @@ def _of_snapshot(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config,
         raise CheckpointError(
             f"{path} holds averaged weights alone: {has} those of the optimizer (--raw, averaged=False)"
         )
-    return tensors, make_config(json.loads(metadata["config"])), int(metadata["images"]), facts
+    return _finite(tensors, path), make_config(json.loads(metadata["config"])), int(metadata["images"]), facts
+
+
+def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """`tensors`. Raises CheckpointError naming the first one that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity, these weights cannot be used")
+    return tensors
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -210,3 +210,21 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, 20, tensors(2.0), {}, keep=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0000000010.json", "0000000010.safetensors"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, config, value):
+    model = make_model(config)
+    name, broken = next(iter(model.named_parameters()))
+    with torch.no_grad():
+        broken.view(-1)[0] = value
+    path = tmp_path / "run" / "snapshots" / "0000000001.safetensors"
+    save_snapshot(path, model, config, 1)
+    for source in (path, tmp_path / "run"):
+        with pytest.raises(CheckpointError, match=rf"{path.name}: {name} holds NaN or infinity"):
+            load(source)
+    weights = {f"model/{n}": t for n, t in model.state_dict().items()}
+    path = save_checkpoint(tmp_path / "run" / "checkpoints", 2, weights, {"config": config.to_dict()}, 1)
+    for source in (path, tmp_path / "run"):
+        with pytest.raises(CheckpointError, match=rf"{path.name}: {name} holds NaN or infinity"):
+            load(source)

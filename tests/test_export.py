@@ -16,7 +16,7 @@ from sivae_fast import export as exporting
 from sivae_fast import files
 from sivae_fast.checkpoint import load, save_snapshot
 from sivae_fast.config import make_config
-from sivae_fast.export import export
+from sivae_fast.export import _difference, export
 from sivae_fast.systems import make_model
 
 STYLE = {"kind": "style", "resolution": 8, "start_channels": 4, "latent_size": 8, "mapping_layers": 2}
@@ -142,3 +142,9 @@ def test_wrong_options_and_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_onnx)
     with pytest.raises(ImportError, match="pip install onnx onnxscript onnxruntime"):
         export(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("broken", [1, 3])
+def test_nan_is_not_equal_to_anything(broken):
+    run = lambda content, x: [np.full((len(x), 2), np.nan if len(x) == broken else 0, np.float32)]
+    assert np.isnan(_difference(torch.nn.Identity(), (2,), broken, run, b""))
