@@ -164,6 +164,7 @@ def measure_batch(
         return [row_of(name, batch, seconds) for name, seconds in found.items()]
     for name, make in makers.items():
         torch._dynamo.reset()  # else what earlier batches compiled counts against the limit of this one
+        torch._functorch.config.donated_buffer = True  # the default; our compiled one changes it
         gc.collect()
         torch.cuda.empty_cache()
         try:

@@ -72,6 +72,23 @@ def test_a_provider_without_memory_is_refused_and_the_others_are_measured(step, 
     assert measured["provider"] == "minimal" and measured["seconds"] > 0
 
 
+def test_each_provider_starts_with_the_compiler_as_pytorch_has_it(step, monkeypatch):
+    import torch._functorch.config as compiler
+
+    found = []
+
+    def changing(model):
+        found.append(compiler.donated_buffer)
+        compiler.donated_buffer = False
+        return lambda x, draws: None
+
+    monkeypatch.setattr(compiler, "donated_buffer", False)
+    monkeypatch.setattr(step, "providers", lambda device: {"one": changing, "other": changing})
+    model = step.StyleModel(8, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2)
+    step.measure_batch(model, 2, 1, torch.device("cpu"), alone=True)
+    assert found == [True, True]
+
+
 def test_a_result_names_every_provider(step, monkeypatch, tmp_path):
     threads = torch.get_num_threads()
     out = tmp_path / "step.json"
