@@ -15,7 +15,7 @@ from . import closed_form
 from ._batch import Batch, Formula, channels_last, image_like, image_rows, pack, rows
 from ._checks import check_sources
 from ._launch import runs_triton
-from ._operator import FusedOperator, refuse_second_derivative
+from ._operator import FusedOperator, refuse_second_derivative, refuse_transform
 from .reference import Source, compute_dtype
 
 _UNBOUNDED = (float("-inf"), float("inf"))
@@ -120,7 +120,7 @@ def _shaped(
 
 def _single(tensors, weights, plan, numbers, kind) -> tuple[Tensor, Tensor] | None:
     """(loss, statistics) by the single launch; None where it does not apply."""
-    if not runs_triton(tensors):
+    if not runs_triton(tensors) or torch._C._are_functorch_transforms_active():
         return None
     from . import _single_triton
 
@@ -146,6 +146,10 @@ class _SingleLaunch(torch.autograd.Function):
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         return loss, statistics
+
+    @staticmethod
+    def jvp(ctx, *_):
+        refuse_transform()
 
     @staticmethod
     def backward(ctx, upstream, _):
