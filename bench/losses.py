@@ -6,8 +6,8 @@ Writes losses-<device>.json, .csv and .png. Every provider computes loss, per-sa
 gradients by rec, rec_rec, rec_fake and the three posteriors. A provider whose loss or gradients miss float64
 by more than its dtype allows gets a refusal in place of times. On a GPU `gpu` times a call in a CUDA graph
 (nothing of Python; the row "plain" is then the CUDA-graphed plain version) with inputs that rotate through
-more than three times the L2 cache ("cold") or stay in it ("hot"); `wall` times calls from Python. On a CPU
-there is processor time only, and what runs is PyTorch: closed forms beside plain formulas.
+more than three times the L2 cache or through 32 sets ("cold") or stay in it ("hot"); `wall` times calls from
+Python. On a CPU there is processor time only, and what runs is PyTorch: closed forms beside plain formulas.
 """
 
 from __future__ import annotations
