@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sivae_fast.commands.pictures import SPACES, between, named, positive
+from sivae_fast.commands.pictures import SPACES, between, named, only_own, positive
 from sivae_fast.data.ply import write_ply
 from sivae_fast.evaluation.mitsuba import write_scene
 from sivae_fast.evaluation.pointcloud_figures import animate, draw_clouds
@@ -35,7 +35,7 @@ def sample(
 ) -> Path:
     """Samples of the prior, as the name `out` says: .png is a grid of pictures, .npy an array
     [count, points, 3], .ply one cloud, .xml one cloud as a scene of Mitsuba 3, a folder holds `count` .ply
-    files.
+    files; one that holds other files is refused.
 
     count: None is 1 for what holds one cloud, else 64. truncation is for style models.
     """
@@ -43,6 +43,7 @@ def sample(
     run.style_options("truncation", truncation, 1.0)
     count = (1 if out.suffix in SINGLE else 64) if count is None else count
     positive(count=count, columns=1 if columns is None else columns)
+    _check_folder(out, count)
     clouds = run.sample(count, seed)
     if out.suffix == ".png":
         draw_clouds(out, clouds.split(columns or math.ceil(math.sqrt(count))))
@@ -71,6 +72,7 @@ def reconstruct(
     count = (1 if out.suffix in SINGLE else 16) if count is None else count
     positive(count=count, columns=columns)
     clouds = run.read(files, resize) if files else run.own_clouds(count, seed)
+    _check_folder(out, len(clouds))
     rec = run.reconstruct(clouds)
     if out.suffix == ".png":
         pairs = zip(clouds.split(columns), rec.split(columns), strict=True)
@@ -128,6 +130,11 @@ def along(ends: Tensor, steps: int) -> Tensor:
     before = place.long().clamp(max=last - 1)
     share = (place - before).view(-1, *[1] * (ends.ndim - 1))
     return torch.lerp(ends[before], ends[before + 1], share)
+
+
+def _check_folder(out: Path, count: int) -> None:
+    if not out.suffix:
+        only_own(out, count, ".ply")
 
 
 def _write(out: Path, clouds: Tensor) -> None:

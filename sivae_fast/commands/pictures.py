@@ -33,7 +33,8 @@ def sample(
     columns: int | None = None,
 ) -> Path:
     """Samples of the prior: one grid where `out` ends in .png, `count` single files in the folder `out` where
-    it has no ending. The folder gets all of them or, after an error, none.
+    it has no ending. The folder gets all of them or, after an error, none; one that holds other files is
+    refused.
 
     truncation below 1 pulls the coarse styles towards the average one (style models).
     """
@@ -46,6 +47,7 @@ def sample(
     if out.suffix == ".png":
         save_grid(out, _rows(run.sample(count, seed, truncation), columns))
         return out
+    only_own(out, count, ".png")
     with filling(out) as folder:
         batches = run.decoded(run.prior(count, seed), seed, truncation)
         for number, image in enumerate(itertools.chain.from_iterable(batches)):
@@ -215,3 +217,17 @@ def named(out: str | os.PathLike, *endings: str, folder: bool = False) -> Path:
         accepted = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(f"{path}: a name ending in {accepted} is needed")
     return path
+
+
+def only_own(folder: Path, count: int, ending: str) -> None:
+    """Raises ValueError where `folder` holds other files than the `count` numbered ones that will be written.
+
+    What is left of an earlier command would pass for a part of this one's set.
+    """
+    own = {f"{number:06d}{ending}" for number in range(count)}
+    others = sorted({path.name for path in folder.iterdir()} - own) if folder.is_dir() else []
+    if others:
+        raise ValueError(
+            f"{folder} holds {len(others)} files that are not of these {count}, such as {others[0]}: give a "
+            "folder that is new or empty"
+        )

@@ -90,6 +90,7 @@ def runs(tmp_path_factory):
             root / "00004-clouds",
             {"kind": "pointclouds", "path": str(clouds), "points": 20},
             POINTNET,
+            objective={"reconstruction": "chamfer"},
         ),
         translation=write_run(root / "00005-translation", {"kind": "factors"}, TWO_ENCODER),
         videos=write_run(

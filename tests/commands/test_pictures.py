@@ -4,9 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sivae_fast.commands import pictures
+from sivae_fast.commands import clouds, pictures
 from sivae_fast.commands.pictures import _layers, _round_trip, between, interpolate, mix, reconstruct, sample
 from sivae_fast.inference import Inference
+from sivae_fast.inference_clouds import CloudInference
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +141,21 @@ def test_layers_by_name_and_range():
 def test_bad_input_is_named(residual, runs, tmp_path, call, message):
     with pytest.raises(ValueError, match=message):
         call(residual, tmp_path, next(runs.grey.glob("*.png")))
+
+
+def test_a_folder_with_other_files_is_refused(runs, tmp_path):
+    run, out = Inference.load(runs.residual, device="cpu", show=False), tmp_path / "set"
+    pictures.sample(run, out, count=3)
+    pictures.sample(run, out, count=3, seed=1)  # replaces exactly its own
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(
+        ValueError, match=r"set holds 1 files that are not of these 2, such as 000002.png: give"
+    ):
+        pictures.sample(run, out, count=2)
+    cloud_run = CloudInference.load(runs.clouds, device="cpu", show=False)
+    for write in (clouds.sample, clouds.reconstruct):
+        with pytest.raises(
+            ValueError, match=r"set holds 3 files that are not of these 2, such as 000000.png"
+        ):
+            write(cloud_run, out, count=2)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
