@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def evaluate(
     checkpoint or snapshot in it do not, since the last record of a run is taken for that of its last state.
 
     estimate: options of log p(x). options: those of `Trained.load`, without `averaged`.
-    Raises ValueError for options that do not fit the kind of the model or each other.
+    Raises ValueError for options that do not fit the kind of the model or each other, PermissionError, before
+    anything is measured, for a run folder that cannot keep the results.
     """
     estimate = estimate or {}
     if estimate and not ood and "log_likelihood" not in (metrics or ()):
@@ -38,6 +40,8 @@ def evaluate(
     if ood and metrics:
         raise ValueError("--ood and --metrics are two evaluations: give one of them")
     folder = Path(model) if Path(model).is_dir() else None
+    if folder and not (ood and out):
+        _check_keeps(folder)
     kind = load(model).config.model.kind
     if kind == "mlp":
         _refuse(kind, metrics=metrics, ood=ood, own=own, out=out, features=features, weights=weights)
@@ -62,6 +66,15 @@ def evaluate(
         where = out or folder or "."
         return detect_others(run, _named(ood), where, own=own, count=count, seed=seed, **estimate)
     return _images(run, metrics or ["fid"], features, weights, count, seed, folder, estimate)
+
+
+def _check_keeps(folder: Path) -> None:
+    for path in (folder, *folder.glob("metric-*.jsonl")):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(
+                f"{path} cannot be written, and a run folder keeps the results: give a snapshot or "
+                "checkpoint in it, which only prints them"
+            )
 
 
 def _refuse(kind: str, **options) -> None:

@@ -179,3 +179,13 @@ def test_bad_input_is_named(runs, tmp_path):
         detect_others(run, {}, tmp_path)
     with pytest.raises(ValueError, match="batch_norm is 'batch'"):
         detect_others(load(runs.residual, batch_norm="batch"), {"dark": runs.dark}, tmp_path)
+
+
+def test_a_run_folder_without_write_permission_is_refused_before_the_work(runs, monkeypatch, capsys):
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: str(path) != str(runs.density) and access(path, mode)
+    )
+    monkeypatch.setattr("sivae_fast.evaluation.density.evaluate_density", None)
+    assert main(["evaluate", str(runs.density), "--device", "cpu"]) == 1
+    assert f"error: {runs.density} cannot be written" in capsys.readouterr().err
