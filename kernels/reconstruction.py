@@ -47,7 +47,7 @@ def _forward(tensors, constants, plan, numbers, kind) -> list[Tensor]:
 
 
 def _fake(tensors, constants, plan, numbers, kind) -> list[Tensor]:
-    return [tensors[0].new_empty(len(tensors[0]), dtype=reference.compute_dtype(*tensors))]
+    return [tensors[0].new_empty(tensors[0].shape[0], dtype=reference.compute_dtype(*tensors))]
 
 
 def _backward(upstream, tensors, constants, outputs, needs, plan, numbers, kind) -> list[Tensor]:
