@@ -136,7 +136,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     add("--precision", default="fp32", help="fp32 or bf16")
     add("--batch", type=int, default=64, help="images or clouds in one pass")
     add("--batch-norm", help="running, batch or recalibrated, for models that have batch norm")
-    add("--data", help="the data, where they are not where the run found them")
+    add("--data", help="the data, where they are not where the run found them; of points, a name")
     add("--seed", type=int, default=0)
 
 
@@ -158,7 +158,9 @@ def _pictures(run):
 
 
 def _add_sample(commands) -> None:
-    command = _command(commands, "sample", _sample, "Pictures of prior samples; clouds also as files.")
+    command = _command(
+        commands, "sample", _sample, "Pictures of prior samples; clouds also as files, densities as a figure."
+    )
     _add_model(command)
     command.add_argument(
         "--out",
@@ -173,8 +175,31 @@ def _add_sample(commands) -> None:
 
 
 def _sample(**options) -> None:
+    if _kind(options["model"]) == "mlp":
+        return print(_density_figure(**options))
     run, options = _opened(options)
     print(_pictures(run).sample(run, **options))
+
+
+def _kind(path: str) -> str:
+    from sivae_fast.checkpoint import load
+
+    return load(path).config.model.kind
+
+
+def _density_figure(model, raw, out, device, precision, data, seed, **others):
+    from sivae_fast.commands.densities import sample
+
+    for name in ("count", "columns"):
+        if others.get(name) is not None:
+            raise ValueError(
+                f"{name} is {others[name]}: the figure of a density has neither count nor columns"
+            )
+    if others["truncation"] != 1.0:
+        raise ValueError(f"truncation={others['truncation']}: this model is of kind mlp, styles need style")
+    if precision != "fp32":
+        raise ValueError(f"precision is {precision!r}, must be fp32 for models of points in the plane")
+    return sample(model, out, averaged=not raw, device=device, data=data, seed=seed)
 
 
 def _add_reconstruct(commands) -> None:

@@ -45,7 +45,6 @@ def evaluate(
     kind = load(model).config.model.kind
     if kind == "mlp":
         _refuse(kind, metrics=metrics, ood=ood, own=own, out=out, features=features, weights=weights)
-        _refuse(kind, data=options.pop("data", None))
         return _density(model, raw, seed, folder, **options)
     if kind in ("pointnet", "two_encoder"):
         _refuse(kind, ood=ood, own=own, out=out, features=features)
@@ -102,18 +101,26 @@ def _images(run, metrics, features, weights, count, seed, folder, estimate) -> d
 
 
 def _density(
-    path: str, raw: bool, seed: int, folder: Path | None, device: str = "auto", precision: str = "fp32", **_
+    path: str,
+    raw: bool,
+    seed: int,
+    folder: Path | None,
+    device: str = "auto",
+    precision: str = "fp32",
+    data: str | None = None,
+    **_,
 ) -> dict:
-    from sivae_fast.data.densities import Density
+    from sivae_fast.commands.densities import density_of
     from sivae_fast.evaluation.density import evaluate_density
     from sivae_fast.run import append_metric
 
     if precision != "fp32":
         raise ValueError(f"precision is {precision!r}, must be fp32 for models of points in the plane")
     model = load(path, not raw, pick_device(device))
-    density = Density(model.config.data.name)
+    density = density_of(model, data)
     scores = evaluate_density(model, density.sample, density.half_range, seed)
     about = {"images": model.images, "weights": model.facts["weights"], "precision": precision, "seed": seed}
+    about["density"] = density.name
     records = {name: {"value": value, **about} for name, value in scores.items()}
     if folder:
         for name, record in records.items():

@@ -80,7 +80,8 @@ def test_records_of_densities_say_what_they_are_of(runs, capsys):
     assert set(found) == {"gnelbo", "kl", "jsd", "kl_nats", "jsd_nats"}
     for name, record in found.items():
         assert record == {
-            "value": record["value"], "images": 1, "weights": "averaged", "precision": "fp32", "seed": 1
+            "value": record["value"], "images": 1, "weights": "averaged", "precision": "fp32", "seed": 1,
+            "density": "8gaussians",
         }  # fmt: skip
         assert read_metrics(run)[name] == [record]
     snapshot = str(next(Path(run).glob("snapshots/*")))
