@@ -94,7 +94,7 @@ def test_records_of_densities_say_what_they_are_of(runs, capsys):
             ["--metrics", "fid", "kid"],
             "--metrics fid kid: model.kind is mlp, this option is for other models",
         ),
-        (["--data", "x"], "--data x: model.kind is mlp"),
+        (["--data", "x"], "unknown density 'x'"),
     ]:
         assert main(["evaluate", run, *arguments]) == 1
         assert message in capsys.readouterr().err
