@@ -68,6 +68,8 @@ def export(
     for name, value, accepted in (("format", format, FORMATS), ("noise", noise, NOISES)):
         if value not in accepted:
             raise ValueError(f"{name} is {value!r}, must be one of {', '.join(accepted)}")
+    with filling(dest):  # what cannot be written is told before the work
+        pass
     model = load(source, averaged=averaged).requires_grad_(False)
     options = {"noise": noise} if model.config.model.kind == "style" else {}
     networks = {

@@ -148,3 +148,11 @@ def test_wrong_options_and_missing_packages_are_named(tmp_path, monkeypatch):
 def test_nan_is_not_equal_to_anything(broken):
     run = lambda content, x: [np.full((len(x), 2), np.nan if len(x) == broken else 0, np.float32)]
     assert np.isnan(_difference(torch.nn.Identity(), (2,), broken, run, b""))
+
+
+def test_a_target_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "picture.png").touch()
+    monkeypatch.setattr(exporting, "load", None)
+    with pytest.raises(OSError, match=r"picture\.png"):
+        export(tmp_path / "run", tmp_path / "picture.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
