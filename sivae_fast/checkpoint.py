@@ -3,7 +3,8 @@
 A checkpoint is `NNNNNNNNNN.safetensors` (parameters, buffers, averaged parameters, optimizer moments, all in
 full and by name, whatever engine and number of ranks wrote them) and `NNNNNNNNNN.json` beside it. The JSON is
 written last and holds the checksum of the tensors: without it, or where it does not agree, the checkpoint is
-not whole and the next older one is used. A snapshot is one safetensors file with its configuration inside.
+not whole and the next older one is used. A snapshot is one safetensors file with its configuration
+and its checksum inside.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def save_snapshot(path: Path, model: Model, config: Config, images: int, **facts
     settings = json.dumps(config.portable().to_dict())
     metadata = {"format": FORMAT, "config": settings, "images": str(images), **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _save_tensors(path, model.state_dict(), metadata)
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    _save_tensors(path, weights, {**metadata, "sha256": _digest_of(weights, metadata)})
 
 
 def load(path: str | os.PathLike, averaged: bool = True, device: torch.device | str = "cpu") -> Model:
@@ -193,6 +195,8 @@ def _of_snapshot(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config,
         metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT or "config" not in metadata:
         raise CheckpointError(f"{path} is not a snapshot of this project (`sivae-fast convert` makes one)")
+    if metadata.pop("sha256", None) not in (None, _digest_of(tensors, metadata)):  # older ones have none
+        raise CheckpointError(f"{path} is damaged (its checksum does not agree)")
     about = {name: value for name, value in metadata.items() if name not in ("format", "config", "images")}
     facts = {"weights": "unknown", **about}
     if facts["weights"] == "averaged" and not averaged:
@@ -259,6 +263,16 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} cannot be read ({error})") from error
+
+
+def _digest_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Of all that a snapshot holds, in an order of its own. tensors: contiguous, on the CPU."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import sivae_fast
 from sivae_fast.checkpoint import (
@@ -228,3 +229,21 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, config, value):
     for source in (path, tmp_path / "run"):
         with pytest.raises(CheckpointError, match=rf"{path.name}: {name} holds NaN or infinity"):
             load(source)
+
+
+def test_a_flipped_bit_of_a_snapshot_is_noticed(tmp_path, config):
+    path = tmp_path / "one.safetensors"
+    save_snapshot(path, make_model(config), config, 1, weights="raw")
+    assert load(path).facts == {"weights": "raw"}
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1  # the last bits of a float: finite, but another number
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"one\.safetensors is damaged \(its checksum does not agree"):
+        load(path)
+
+
+def test_a_snapshot_without_a_checksum_loads(tmp_path, config):
+    path, model = tmp_path / "old.safetensors", make_model(config)
+    about = {"format": "sivae-fast 1", "config": json.dumps(config.to_dict()), "images": "1"}
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path, about)
+    assert load(path).facts == {"weights": "unknown"}
