@@ -172,6 +172,11 @@ def _of_folder(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config, i
         return _of_checkpoint(newest, *found, averaged)
     snapshots = sorted((path / "snapshots").glob("*.safetensors"))
     if not snapshots:
+        here = path.resolve()
+        if here.name in ("checkpoints", "snapshots"):
+            raise CheckpointError(
+                f"{path} is a part of a run folder: give {here.parent}, or one of the files"
+            )
         raise CheckpointError(f"{path} holds no checkpoint and no snapshot: give a run folder or a snapshot")
     return _of_snapshot(snapshots[-1], averaged)
 

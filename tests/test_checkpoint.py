@@ -247,3 +247,10 @@ def test_a_snapshot_without_a_checksum_loads(tmp_path, config):
     about = {"format": "sivae-fast 1", "config": json.dumps(config.to_dict()), "images": "1"}
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path, about)
     assert load(path).facts == {"weights": "unknown"}
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "snapshots"])
+def test_a_part_of_a_run_folder_is_told_from_the_whole(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=rf"{name} is a part of a run folder: give {tmp_path}, or one"):
+        load(tmp_path / name)
