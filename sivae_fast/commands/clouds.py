@@ -66,7 +66,7 @@ def reconstruct(
     drawn from `seed`.
 
     A .png shows the clouds above their reconstructions; other names as of `sample`, without the clouds.
-    Returns the mean Chamfer distance, with means over the points as in the measures.
+    Returns the mean over the clouds of the Chamfer distance, summed over the points as in training.
     """
     out = named(out, *MANY, *SINGLE, folder=True)
     count = (1 if out.suffix in SINGLE else 16) if count is None else count
@@ -79,7 +79,7 @@ def reconstruct(
         draw_clouds(out, [row for pair in pairs for row in pair])
     else:
         _write(out, rec)
-    return {"chamfer": chamfer(clouds, rec, "mean").mean().item()}
+    return {"chamfer": chamfer(clouds, rec).mean().item()}
 
 
 def interpolate(
