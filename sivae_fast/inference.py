@@ -25,7 +25,8 @@ IMAGE_MODELS = ("style", "residual", "two_encoder")
 class Inference(Trained):
     """An image model with all that its use needs; `Inference.load` has it from a run folder or a file.
 
-    The arguments are those of `Trained`. Images go in and come out as uint8, on the CPU.
+    The arguments are those of `Trained`. Images go in and come out as uint8, on the CPU. ValueError for what
+    is no tensor of the shape and type that a function takes.
     """
 
     kinds = IMAGE_MODELS
@@ -47,16 +48,22 @@ class Inference(Trained):
 
     def encode(self, images: Tensor) -> Tensor:
         """Posterior means [N, Z] of uint8 images [N, C, R, R], on the CPU."""
+        self._check_images(images)
         self._calibrate_encoder()
         encode = lambda rows, _: self.model.encode(self.to_input(rows)).mean
         return self.map(encode, images, "encode")
 
     def decode(self, z: Tensor, seed: int = 0, truncation: float = 1.0) -> Tensor:
         """uint8 images [N, C, r, r] of latents [N, Z]."""
+        width = self.model.latent_size
+        if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != width or not len(z):
+            raise ValueError(f"z is {_said(z)}, must be a tensor [N, {width}], N at least 1")
         return torch.cat(list(self.decoded(z, seed, truncation)))
 
     def sample(self, count: int, seed: int = 0, truncation: float = 1.0) -> Tensor:
         """uint8 images [count, C, r, r] of prior samples, without style mixing."""
+        if count < 1:
+            raise ValueError(f"count is {count}, must be at least 1")
         return self.decode(self.prior(count, seed), seed, truncation)
 
     def reconstruct(self, images: Tensor, seed: int = 0) -> Tensor:
@@ -92,6 +99,18 @@ class Inference(Trained):
     def to_pixels(self, x: Tensor) -> Tensor:
         """The model's output as uint8 on the CPU."""
         return to_uint8(x, self.value_range)
+
+    def _check_images(self, images: Tensor) -> None:
+        side, channels = self.resolution, self.config.model.channels
+        is_image = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
+        sides = set(images.shape[2:]) if is_image else set()
+        fits = len(sides) == 1 and max(sides) >= side and max(sides) % side == 0
+        if not fits or images.shape[1] != channels or not len(images):
+            full = self.config.model.resolution
+            raise ValueError(
+                f"images is {_said(images)}, must be a uint8 tensor [N, {channels}, {full}, {full}], N at "
+                "least 1"
+            )
 
     def _mapped(self, body: Callable, rows: Tensor, title: str, seed: int) -> Iterator[Tensor]:
         for x in self._batches(body, rows, title, seed):
@@ -191,6 +210,12 @@ class Inference(Trained):
         if own == 1:
             return pixels.repeat(channels, axis=2)
         raise ValueError(f"{name} is in colour, the model takes grey images")
+
+
+def _said(value) -> str:
+    """The type of a value, and its shape where it has one."""
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    return f"{kind} of {value.dtype}, {list(value.shape)}" if hasattr(value, "shape") else kind
 
 
 def _read_file(path: Path, grey: bool) -> np.ndarray:

@@ -160,3 +160,25 @@ def test_three_lines_of_python_use_a_model(runs):
     assert torch.equal(samples, model.sample(4, seed=1)) and not torch.equal(samples, model.sample(4, seed=2))
     assert torch.equal(again, model.reconstruct(samples))  # the decoder's noise repeats, too
     assert not model.training and model.encode(samples).mean.shape == (4, 8)
+
+
+def test_what_does_not_fit_is_named_with_what_is_accepted(runs):
+    run = Inference.load(runs.residual, device="cpu", show=False)
+    images = torch.zeros(2, 1, 16, 16, dtype=torch.uint8)
+    accepted = r"must be a uint8 tensor \[N, 1, 16, 16\]"
+    for wrong in (
+        images.numpy(),
+        images.float(),
+        images[0],
+        images[:0],
+        images[..., :8],
+        images.expand(2, 3, 16, 16),
+    ):
+        for function in (run.encode, run.reconstruct):
+            with pytest.raises(ValueError, match=f"images is .*{accepted}"):
+                function(wrong)
+    for wrong in (torch.zeros(2, 5), torch.zeros(4), torch.zeros(0, 4), [0.0]):
+        with pytest.raises(ValueError, match=r"z is .*, must be a tensor \[N, 4\]"):
+            run.decode(wrong)
+    with pytest.raises(ValueError, match="count is 0, must be at least 1"):
+        run.sample(0)
