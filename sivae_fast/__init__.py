@@ -30,4 +30,12 @@ __all__ = [*_LOSSES]
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'sivae_fast' has no attribute {name!r}")
-    return getattr(import_module(f"sivae_fast.{_HOME[name]}"), name)
+    try:
+        module = import_module(f"sivae_fast.{_HOME[name]}")
+    except ModuleNotFoundError as error:
+        if name in _LOSSES:
+            raise
+        raise ImportError(
+            f"{name} needs a package that is missing ({error}): pip install 'sivae-fast[train]'"
+        ) from error
+    return getattr(module, name)

@@ -22,6 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     command = options.pop("command")
     try:
         command(**options)
+    except ModuleNotFoundError as error:
+        print(f"error: a package is missing ({error}): pip install 'sivae-fast[train,eval]'", file=sys.stderr)
+        return 1
     except (ImportError, ValueError, OSError) as error:
         print(f"error: {_as_typed(str(error), arguments)}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ Readers of .mat and .h5 files, POT, LPIPS, video, DALI, DeepSpeed and the Hub ha
 tests.
 """
 
+import subprocess
 import sys
 
 import pytest
@@ -40,3 +41,22 @@ def test_onnx_needs_three_packages(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"ONNX needs a package that is missing .*onnxscript"):
         _pack_onnx(None, [], [])
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "message"),
+    [
+        ("yaml", "import sivae_fast; sivae_fast.load", "load needs a package that is missing"),
+        (
+            "PIL",
+            "from sivae_fast.cli import main; main(['prepare', 'a', 'b.zip'])",
+            "error: a package is missing",
+        ),
+        ("yaml", "from sivae_fast.cli import main; main(['doctor'])", "error: a package is missing"),
+    ],
+)
+def test_what_the_toolkit_needs_is_in_one_extra(package, code, message):
+    code = f"import sys; sys.modules[{package!r}] = None; {code}"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stderr
+    last = said.splitlines()[-1]
+    assert message in last and package in last and "pip install 'sivae-fast[train" in last
