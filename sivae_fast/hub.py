@@ -53,6 +53,8 @@ def _failing(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if type(error).__name__ == "LocalEntryNotFoundError":  # a long text about caches
+            raise OSError(f"{what}: the Hugging Face Hub cannot be reached") from error
         raise OSError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 

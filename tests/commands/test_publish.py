@@ -20,7 +20,7 @@ from sivae_fast.cli import main
 from sivae_fast.commands.card import card
 from sivae_fast.commands.publish import write_publication
 from sivae_fast.config import make_config
-from sivae_fast.hub import FILES
+from sivae_fast.hub import FILES, _failing
 from sivae_fast.run import append_metric
 from sivae_fast.systems import make_model
 
@@ -117,7 +117,8 @@ def test_nothing_that_is_pushed_tells_of_this_machine(runs, tmp_path):
     ids=["two_encoder", "pointnet", "mlp"],
 )
 def test_every_system_has_samples_and_a_card(tmp_path, model, data):
-    config = make_config({"model": model, "data": data})
+    error = "chamfer" if model["kind"] == "pointnet" else "sse"
+    config = make_config({"model": model, "data": data, "objective": {"reconstruction": error}})
     save_snapshot(tmp_path / "m.safetensors", make_model(config), config, 5)
     write_publication(tmp_path / "m.safetensors", tmp_path, "owner/name")
     assert f"| system | `{model['kind']}`" in (tmp_path / "README.md").read_text()
@@ -156,7 +157,13 @@ def test_what_a_card_loads_is_there(runs, tmp_path, monkeypatch):
 
 
 def test_a_card_of_converted_weights_claims_no_training(tmp_path):
-    config = make_config({"model": POINTNET, "data": {"kind": "pointclouds", "points": 12}})
+    config = make_config(
+        {
+            "model": POINTNET,
+            "data": {"kind": "pointclouds", "points": 12},
+            "objective": {"reconstruction": "chamfer"},
+        }
+    )
     facts = {"weights": "raw", "source": "01618.pth"}
     save_snapshot(tmp_path / "m.safetensors", make_model(config), config, 0, **facts)
     text = card(tmp_path / "m.safetensors")
@@ -213,3 +220,12 @@ def test_a_failing_network_is_one_clear_error(runs, hub, monkeypatch, capsys):
     assert main(["pull", "owner/name"]) == 1
     said = "owner/name was not fetched: FileNotFoundError: Got: ConnectError An error happened"
     assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_a_hub_out_of_reach_is_said_in_a_few_words():
+    class LocalEntryNotFoundError(Exception):
+        pass
+
+    said = r"^a/b was not fetched: the Hugging Face Hub cannot be reached$"
+    with pytest.raises(OSError, match=said), _failing("a/b was not fetched"):
+        raise LocalEntryNotFoundError("a long text " * 20)
