@@ -252,7 +252,7 @@ class Objective(nn.Module):
                 raise AttributeError(f"{name} of an objective cannot be changed: make a new one")
             if name in self._options:
                 value = self._checked(name, value)
-            elif not name.startswith("_") and name not in self.__dict__:
+            elif not (name.startswith("_") or name in self.__dict__ or callable(getattr(self, name, None))):
                 raise AttributeError(f"{name} is no option of {self._accepted()}")
             return super().__setattr__(name, value)
         super().__setattr__(name, self._checked(name, value))

@@ -40,8 +40,10 @@ def test_an_interrupt_while_pytorch_is_loaded_is_quiet(tmp_path, program):
         "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, *program], cwd=tmp_path, env=environment, **streams) as process:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Tests in the background of a script inherit that interrupts are ignored.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen([sys.executable, *program], cwd=tmp_path, env=environment, **options) as process:
         for _ in range(600):
             if (tmp_path / "begun").exists():
                 break
