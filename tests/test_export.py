@@ -30,7 +30,8 @@ MODELS = {
 
 
 def snapshot(path, settings) -> str:
-    config = make_config({"model": settings})
+    error = {"reconstruction": "chamfer" if settings["kind"] == "pointnet" else "sse"}
+    config = make_config({"model": settings, "objective": error})
     model = make_model(config)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
