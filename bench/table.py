@@ -88,11 +88,11 @@ def _loader(found: dict, kind: str) -> str:
 
 
 def _busy(found: dict) -> str:
-    """The load where there was more to do than the cores could."""
+    """The load average, to which the bench adds itself, where it is above the number of cores."""
     loads = found["load_average_by_round"]
     if max(loads) <= found["machine"]["cores"]:
         return ""
-    return f", which other programs kept busy, too (load {min(loads):.1f} to {max(loads):.1f})"
+    return f", at a load of {min(loads):.1f} to {max(loads):.1f}, the bench itself included"
 
 
 def _density(found: dict) -> str:

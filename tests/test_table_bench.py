@@ -57,7 +57,7 @@ def test_samples_name_their_seeds(table):
 def test_a_busy_machine_is_named(table):
     found = {"load_average_by_round": [0.5, 1.9], "machine": {"cores": 2}}
     assert table._busy(found) == ""
-    assert "load 0.5 to 4.2" in table._busy({**found, "load_average_by_round": [0.5, 4.2]})
+    assert "load of 0.5 to 4.2" in table._busy({**found, "load_average_by_round": [0.5, 4.2]})
 
 
 def test_small_systems_are_held_against_compiled_ones(table):
