@@ -2,16 +2,19 @@
 
     python bench/densities.py --seeds 5             trains what is missing, writes table and figure
     python bench/densities.py --only rings/vae      some cells: density, density/objective or .../seed
+    python bench/densities.py --precision bf16      the same with products of hidden layers in bfloat16
     python bench/densities.py --seeds 0             table (docs/densities.md) and figure of what is there
 
 A cell is one run of launch/train.py. An interrupted cell goes on where it stopped; a finished one leaves
 `densities/<cell>.json` (scores, facts) and `.npz` (what the figure shows) under bench/results/ and is not
-trained again. Cells train side by side, one thread each; half an hour a cell on one quiet core.
+trained again. Cells of bfloat16 are in `densities-bf16`, and the figure does not show them. Cells train side
+by side, one thread each; half an hour a cell on one quiet core.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -42,6 +45,7 @@ PAGE = REPOSITORY / "docs" / "densities.md"
 START, END = "<!-- table: python bench/densities.py --seeds 0 -->\n", "<!-- end of table -->"
 DENSITIES = ("8gaussians", "2spirals", "checkerboard", "rings")
 OBJECTIVES = {"vae": "VAE", "introvae": "IntroVAE", "soft_introvae": "Soft-IntroVAE"}
+FOLDERS = {"fp32": "densities", "bf16": "densities-bf16"}  # of the results, by precision of training
 SCORES = ("gnelbo", "kl", "jsd", "kl_nats", "jsd_nats")
 # Beside the configs, which hold Soft-IntroVAE's values. VAE: as published by the follow-up on learned priors.
 VAE = {"8gaussians": (0.8, 0.05), "2spirals": (1.0, 0.05), "checkerboard": (0.8, 0.1), "rings": (0.8, 0.05)}
@@ -51,13 +55,14 @@ class Cell(NamedTuple):
     density: str
     objective: str
     seed: int
+    precision: str = "fp32"
 
     def __str__(self) -> str:
         return f"{self.density}-{self.objective}-{self.seed}"
 
     @property
     def record(self) -> Path:
-        return RESULTS / "densities" / f"{self}.json"
+        return RESULTS / FOLDERS[self.precision] / f"{self}.json"
 
     def overrides(self, runs: Path) -> list[str]:
         values = {"kind": self.objective}
@@ -66,7 +71,13 @@ class Cell(NamedTuple):
         elif self.objective == "introvae":
             values |= introvae_values(self.density)
         objective = [f"objective.{key}={value}" for key, value in values.items()]
-        return [*objective, f"train.seed={self.seed}", f"run.name={self}", f"run.folder={runs}"]
+        return [
+            *objective,
+            f"train.seed={self.seed}",
+            f"train.precision={self.precision}",
+            f"run.name={self}",
+            f"run.folder={runs}",
+        ]
 
     def config_file(self) -> str:
         return f"launch/configs/density-{self.density}.yaml"
@@ -131,7 +142,10 @@ def measure(cell: Cell, runs: Path) -> None:
         "device": device,
         "torch": torch.__version__,
         "commit": head.stdout.strip(),
-        "command": f"python bench/densities.py --only {cell.density}/{cell.objective}/{cell.seed}",
+        "command": (
+            f"python bench/densities.py --precision {cell.precision} "
+            f"--only {cell.density}/{cell.objective}/{cell.seed}"
+        ),
     }
     cell.record.parent.mkdir(parents=True, exist_ok=True)
     small = look_at(model, data.half_range, points=192)
@@ -194,9 +208,10 @@ def collect(path: Path) -> dict:
     best, rows = floors(), []
     for name in DENSITIES:
         rows.append({"density": name, "model": "the data itself", "seeds": 20, "scores": best[name]})
-        for objective, title in OBJECTIVES.items():
-            files = sorted((RESULTS / "densities").glob(f"{name}-{objective}-*.json"))
+        for (objective, title), (precision, folder) in itertools.product(OBJECTIVES.items(), FOLDERS.items()):
+            files = sorted((RESULTS / folder).glob(f"{name}-{objective}-*.json"))
             records = [json.loads(file.read_text()) for file in files]
+            title += "" if precision == "fp32" else f", {precision}"
             if records:
                 scores = {key: statistics.mean(record[key] for record in records) for key in SCORES}
                 row = {"density": name, "model": title, "seeds": len(records), "scores": scores}
@@ -249,11 +264,11 @@ def write_figure(path: Path) -> None:
     draw_overview(path, rows, list(OBJECTIVES.values()))
 
 
-def select(pattern: str | None, seeds: int) -> list[Cell]:
+def select(pattern: str | None, seeds: int, precision: str = "fp32") -> list[Cell]:
     """The cells to train. Raises SystemExit for a pattern that names none."""
     wanted = pattern.split("/") if pattern else []
     numbers = [int(wanted.pop())] if len(wanted) == 3 else range(seeds)
-    cells = [Cell(d, o, s) for s in numbers for d in DENSITIES for o in OBJECTIVES]
+    cells = [Cell(d, o, s, precision) for s in numbers for d in DENSITIES for o in OBJECTIVES]
     chosen = [cell for cell in cells if list(cell[: len(wanted)]) == wanted]
     if pattern and seeds and not chosen:
         raise SystemExit(
@@ -269,10 +284,11 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs of every cell")
     parser.add_argument("--only", help="density, density/objective or density/objective/seed")
+    parser.add_argument("--precision", choices=[*FOLDERS], default="fp32")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells trained side by side")
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "runs" / "densities", help="run folders")
     options = parser.parse_args()
-    cells, runs = select(options.only, options.seeds), options.runs.resolve()
+    cells, runs = select(options.only, options.seeds, options.precision), options.runs.resolve()
     for cell in cells:
         cell.config(runs)  # what is wrong with a cell is said before the first one trains
     run_cells(cells, runs, max(options.jobs, 1))

@@ -51,25 +51,34 @@ def density_2d(
     beta_neg: float = 0.9,
     lr: float = 2e-4,
     normal: Normal = _standard_normal,
+    autocast: torch.dtype | None = None,
 ) -> Density2D:
     """Every pass of the published loop is here: two deterministic reconstructions that only its log uses, the
     decoder's terms of weight 1e-8, and fakes computed anew in the decoder's phase.
 
     normal(name, like) draws the noise; the names tell the draws of an iteration apart.
+    autocast: dtype of the networks' arithmetic; None keeps float32.
     """
     encoder, decoder = _mlp(2, 4), _mlp(2, 2)
     for_encoder = torch.optim.Adam(encoder.parameters(), lr)
     for_decoder = torch.optim.Adam(decoder.parameters(), lr)
 
+    def run(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+            return net(x).float()
+
     def encode(x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        mean, logvar = encoder(x).chunk(2, dim=1)
+        mean, logvar = run(encoder, x).chunk(2, dim=1)
         return mean, logvar, mean + torch.exp(0.5 * logvar) * normal(name, mean)
+
+    def decode(z: Tensor) -> Tensor:
+        return run(decoder, z)
 
     def vae(x: Tensor) -> float:
         for net in (encoder, decoder):
             net.requires_grad_(True)
         mean, logvar, z = encode(x, "posterior")
-        loss = (beta_rec * _error(x, decoder(z)) + beta_kl * _kl(mean, logvar)).mean()
+        loss = (beta_rec * _error(x, decode(z)) + beta_kl * _kl(mean, logvar)).mean()
         for_encoder.zero_grad()
         for_decoder.zero_grad()
         loss.backward()
@@ -79,14 +88,14 @@ def density_2d(
 
     def encoder_phase(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         _train_only(encoder, decoder)
-        fake = decoder(noise)
+        fake = decode(noise)
         mean, logvar, z = encode(x, "posterior")
-        rec = decoder(z)
-        decoder(mean)  # for the log
+        rec = decode(z)
+        decode(mean)  # for the log
         rec_mean, rec_logvar, rec_z = encode(rec.detach(), "rec_rec/z")
         fake_mean, fake_logvar, fake_z = encode(fake.detach(), "rec_fake/z")
-        rec_rec, rec_fake = decoder(rec_z), decoder(fake_z)
-        decoder(rec_mean)  # for the log
+        rec_rec, rec_fake = decode(rec_z), decode(fake_z)
+        decode(rec_mean)  # for the log
         rec_elbo = beta_rec * _error(rec, rec_rec) + beta_neg * _kl(rec_mean, rec_logvar)
         fake_elbo = beta_rec * _error(fake, rec_fake) + beta_neg * _kl(fake_mean, fake_logvar)
         real = (beta_rec * _error(x, rec) + beta_kl * _kl(mean, logvar)).mean()
@@ -98,11 +107,11 @@ def density_2d(
 
     def decoder_phase(x: Tensor, noise: Tensor, z: Tensor) -> Tensor:
         _train_only(decoder, encoder)
-        fake, rec = decoder(noise), decoder(z)
+        fake, rec = decode(noise), decode(z)
         rec_mean, rec_logvar, rec_z = encode(rec, "again/rec")
         fake_mean, fake_logvar, fake_z = encode(fake, "again/fake")
-        again = _error(rec.detach(), decoder(rec_z.detach())).mean()
-        again = again + _error(fake.detach(), decoder(fake_z.detach())).mean()
+        again = _error(rec.detach(), decode(rec_z.detach())).mean()
+        again = again + _error(fake.detach(), decode(fake_z.detach())).mean()
         fake_kl = 0.5 * (_kl(rec_mean, rec_logvar) + _kl(fake_mean, fake_logvar)).mean()
         real = beta_rec * _error(x, rec).mean()
         loss = 0.5 * (real + beta_kl * fake_kl + 1e-8 * beta_rec * 0.5 * again)

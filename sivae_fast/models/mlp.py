@@ -14,6 +14,7 @@ from sivae_fast.contract import Model, Posterior
 from sivae_fast.draws import Stream
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_HAS_ONEDNN_BF16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class MLPModel(Model):
@@ -63,22 +64,32 @@ def _layers(inputs: int, width: int, hidden: int, outputs: int) -> nn.Sequential
 
 
 def _forward(layers: nn.Sequential, x: Tensor) -> Tensor:
-    if _onednn_can_take(x):
-        first = layers[0].weight
+    """Under autocast the products between hidden layers alone are lowered: points need all their digits."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return _through(layers, x, x.dtype)
+    with torch.autocast(device, enabled=False):
+        return _through(layers, x.to(layers[0].weight.dtype), torch.get_autocast_dtype(device))
+
+
+def _through(layers: nn.Sequential, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The layers with hidden values in `dtype`; the result has the dtype of x."""
+    first, *hidden, last = layers
+    if _onednn_can_take(x, dtype):
         parameters = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-        return _OneDNN.apply(x, first.view_as(first), *parameters[1:])
-    *hidden, output = layers
+        return _OneDNN.apply(dtype, x, first.weight.view_as(first.weight), *parameters[1:])
+    y = F.relu(first(x)).to(dtype)
     for layer in hidden:
-        x = F.relu(layer(x))
-    return output(x)
+        y = F.relu(F.linear(y, layer.weight.to(dtype), layer.bias.to(dtype)))
+    return last(y.to(x.dtype))
 
 
-def _onednn_can_take(x: Tensor) -> bool:
+def _onednn_can_take(x: Tensor, dtype: torch.dtype) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and _HAS_ONEDNN_BF16))
         and _HAS_ONEDNN
-        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
 
@@ -88,38 +99,41 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: s
 
 
 class _OneDNN(torch.autograd.Function):
-    """The layers in float32 on a CPU: the arithmetic of `F.linear` and `F.relu` with less memory traffic.
+    """The layers on a CPU: the arithmetic of `F.linear` and `F.relu` with less memory traffic.
 
     Bias and ReLU are applied inside oneDNN's product, the backward pass masks gradients in place. Arguments
-    are x [B, inputs], a view of the first weight, then bias, weight, bias, ... of all layers.
+    are the dtype of hidden values (float32 or bfloat16), x [B, inputs] in float32, a view of the first
+    weight, then bias, weight, bias, ... of all layers. A layer's backward pass has the dtype of its input.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx, dtype: torch.dtype, x: Tensor, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[0::2], parameters[1::2]
-        inputs = [x]
-        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-            inputs.append(_linear(inputs[-1], weight, bias, "relu"))
-        ctx.save_for_backward(*inputs, *weights)
-        return F.linear(inputs[-1], weights[-1], biases[-1])
+        inputs = [x, _linear(x, weights[0], biases[0], "relu").to(dtype)]
+        lowered = [weights[0], *(weight.to(dtype) for weight in weights[1:])]
+        for weight, bias in zip(lowered[1:-1], biases[1:-1], strict=True):
+            inputs.append(_linear(inputs[-1], weight, bias.to(dtype), "relu"))
+        ctx.save_for_backward(*inputs, *lowered)
+        return F.linear(inputs[-1].to(x.dtype), weights[-1], biases[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         saved = ctx.saved_tensors
         inputs, weights = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        trains = ctx.needs_input_grad[1] and _is_wanted(ctx.next_functions[1][0])
+        trains = ctx.needs_input_grad[2] and _is_wanted(ctx.next_functions[1][0])
         gradients = [None] * len(ctx.needs_input_grad)
         for i in reversed(range(len(weights))):
+            gradient = gradient.to(inputs[i].dtype)
             if trains:
-                gradients[1 + 2 * i] = _weight_gradient(gradient, inputs[i])
-                gradients[2 + 2 * i] = gradient.sum(0)
+                gradients[2 + 2 * i] = _weight_gradient(gradient, inputs[i]).float()
+                gradients[3 + 2 * i] = gradient.sum(0).float()
             if i:
                 gradient = _linear(gradient, weights[i].t())
                 torch.ops.aten.threshold_backward.grad_input(gradient, inputs[i], 0, grad_input=gradient)
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             # Products with few columns are several times faster with the other operand transposed.
-            gradients[0] = F.linear(gradient, weights[0].t().contiguous())
+            gradients[1] = F.linear(gradient, weights[0].t().contiguous())
         return tuple(gradients)
 
 

@@ -90,9 +90,50 @@ def test_second_derivatives_raise():
         g.sum().backward()
 
 
-def test_compiled_and_autocast_passes_take_the_plain_layers():
+def test_compiled_passes_take_the_plain_layers():
     model, x = MLPModel(width=16), torch.randn(6, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.encode(x).mean.dtype == torch.bfloat16
     compiled = torch.compile(model.decode, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model.decode(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), model.decode(x), rtol=1e-2, atol=1e-2)
+
+
+def gradients(model, x):
+    rec = model.decode(model.encode(x).mean)
+    assert rec.dtype == torch.float32
+    leaves = [x, *model.parameters()]
+    return rec, torch.autograd.grad(rec.square().sum(), leaves, allow_unused=True)
+
+
+def relative(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_autocast_lowers_the_products_between_hidden_layers_alone(onednn, monkeypatch):
+    """Points that differ by less than bfloat16 can tell keep their difference."""
+    import sivae_fast.models.mlp as mlp
+
+    if onednn and not mlp._HAS_ONEDNN_BF16:
+        pytest.skip("oneDNN has no bfloat16 on this processor")
+    monkeypatch.setattr(mlp, "_HAS_ONEDNN_BF16", onednn)
+    torch.manual_seed(0)
+    model, x = MLPModel(width=64), (4 * torch.randn(256, 2)).requires_grad_()
+    expected, by_fp32 = gradients(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, by_bf16 = gradients(model, x)
+    assert 1e-5 < relative(found, expected) < 1e-2
+    for a, b in zip(by_bf16, by_fp32, strict=True):
+        if b is not None and b.any():
+            assert a.dtype == torch.float32 and relative(a, b) < 0.2  # units that switch
+
+    one_layer = MLPModel(width=64, hidden_layers=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        near = one_layer.encode(torch.tensor([[1.0, 1.0], [1.001, 1.0]])).mean
+    assert near.dtype == torch.float32 and not torch.equal(near[0], near[1])
+
+
+def test_sums_of_bfloat16_gradients_keep_their_digits():
+    """The bias gradients of the bfloat16 layers are such sums."""
+    ones = torch.ones(4096, 8, dtype=torch.bfloat16)
+    assert torch.equal(ones.sum(0), torch.full((8,), 4096, dtype=torch.bfloat16))
