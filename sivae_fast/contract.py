@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def sample(self, count: int, seed: int = 0) -> Tensor:
         """`count` x_hat of the prior, without style mixing; the same latents for the same seed everywhere."""
+        check_count(count)
         z = torch.randn(count, self.latent_size, generator=torch.Generator().manual_seed(seed))
         where = next(self.parameters())
         return self.decode(z.to(where) * self.prior_std, Stream(seed, Rows.all(count), where.device))
@@ -66,6 +68,20 @@ class Model(nn.Module):
     def reconstruct(self, x: Tensor, seed: int = 0) -> Tensor:
         """x_hat of the posterior mean of x [B, ...]; `seed` is for decoders that add noise."""
         return self.decode(self.encode(x).mean, Stream(seed, Rows.all(len(x)), x.device))
+
+    def check_rows(self, name: str, x: Tensor, *shape: int | str) -> None:
+        """Raises ValueError where x is no tensor [B, *shape] of the model's floats; a letter is any size.
+
+        Under autocast, floats of every precision pass.
+        """
+        fits = isinstance(x, Tensor) and x.ndim == 1 + len(shape) and x.is_floating_point()
+        fits = fits and all(isinstance(b, str) or a == b for a, b in zip(x.shape[1:], shape, strict=True))
+        own = next(self.parameters()).dtype
+        if not fits or (x.dtype != own and not torch.is_autocast_enabled(x.device.type)):
+            size = ", ".join(map(str, ("B", *shape)))
+            kind = str(own).removeprefix("torch.")
+            hint = ": Inference takes bytes" if getattr(x, "dtype", None) == torch.uint8 else ""
+            raise ValueError(f"{name} is {described(x)}, must be a {kind} tensor [{size}]{hint}")
 
     def encoder_modules(self) -> Iterable[nn.Module]:
         """The modules that the encoder phase trains."""
@@ -91,3 +107,15 @@ class Model(nn.Module):
 
     def set_level(self, lod: int, blend: float) -> None:
         """Progressive growing: the level in use and its fade (0 to 1); one-size models ignore it."""
+
+
+def check_count(count: int) -> None:
+    """Raises ValueError for what is no number of samples."""
+    if not isinstance(count, Integral) or count < 1:
+        raise ValueError(f"count is {count!r}, must be a whole number, at least 1")
+
+
+def described(value: object) -> str:
+    """The type of a value, for messages, and its dtype and shape where it has them."""
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    return f"{kind} of {value.dtype}, {list(value.shape)}" if hasattr(value, "shape") else kind

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from sivae_fast.contract import check_count, described
 from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.convert import Recipe, flatten
 from sivae_fast.data.factors import Factors, load_factors
@@ -55,15 +56,12 @@ class Inference(Trained):
 
     def decode(self, z: Tensor, seed: int = 0, truncation: float = 1.0) -> Tensor:
         """uint8 images [N, C, r, r] of latents [N, Z]."""
-        width = self.model.latent_size
-        if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != width or not len(z):
-            raise ValueError(f"z is {_said(z)}, must be a tensor [N, {width}], N at least 1")
+        self._check_latents(z)
         return torch.cat(list(self.decoded(z, seed, truncation)))
 
     def sample(self, count: int, seed: int = 0, truncation: float = 1.0) -> Tensor:
         """uint8 images [count, C, r, r] of prior samples, without style mixing."""
-        if count < 1:
-            raise ValueError(f"count is {count}, must be at least 1")
+        check_count(count)
         return self.decode(self.prior(count, seed), seed, truncation)
 
     def reconstruct(self, images: Tensor, seed: int = 0) -> Tensor:
@@ -79,13 +77,15 @@ class Inference(Trained):
 
     def from_styles(self, styles: Tensor, seed: int = 0, truncation: float = 1.0) -> Tensor:
         """uint8 images of styles [N, 2(lod + 1), Z] (style models)."""
-        synthesize = self.model.synthesize
-        body = lambda rows, stream: synthesize(rows, stream, truncation=truncation)
+        self.style_options("styles", True, False)
+        self._check_floats("styles", styles, 2 * (self.model.lod + 1), self.model.latent_size)
+        body = lambda rows, stream: self.model.synthesize(rows, stream, truncation=truncation)
         return torch.cat(list(self._mapped(body, styles, "decode", seed)))
 
     def styles(self, z: Tensor) -> Tensor:
         """Styles [N, 2(lod + 1), Z] of latents [N, Z] (style models)."""
         self.style_options("styles", True, False)
+        self._check_latents(z)
         return self.map(lambda rows, _: self.model.styles(rows), z, "styles")
 
     def to_input(self, images: Tensor) -> Tensor:
@@ -108,8 +108,8 @@ class Inference(Trained):
         if not fits or images.shape[1] != channels or not len(images):
             full = self.config.model.resolution
             raise ValueError(
-                f"images is {_said(images)}, must be a uint8 tensor [N, {channels}, {full}, {full}], N at "
-                "least 1"
+                f"images is {described(images)}, must be a uint8 tensor [N, {channels}, {full}, {full}], "
+                "N at least 1"
             )
 
     def _mapped(self, body: Callable, rows: Tensor, title: str, seed: int) -> Iterator[Tensor]:
@@ -210,12 +210,6 @@ class Inference(Trained):
         if own == 1:
             return pixels.repeat(channels, axis=2)
         raise ValueError(f"{name} is in colour, the model takes grey images")
-
-
-def _said(value) -> str:
-    """The type of a value, and its shape where it has one."""
-    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-    return f"{kind} of {value.dtype}, {list(value.shape)}" if hasattr(value, "shape") else kind
 
 
 def _read_file(path: Path, grey: bool) -> np.ndarray:

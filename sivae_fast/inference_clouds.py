@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sivae_fast.contract import check_count
 from sivae_fast.data.ply import read_ply
 from sivae_fast.data.pointclouds import finite, load_clouds, resampled
 from sivae_fast.trained import CALIBRATION, Trained
@@ -19,7 +20,8 @@ class CloudInference(Trained):
     """A point cloud model with all that its use needs; `CloudInference.load` has it from a run or a file.
 
     The arguments are those of `Trained`. Clouds go in and come out as float32 on the CPU. Batch norm, which
-    the encoder alone has, uses its running statistics unless told otherwise, as published.
+    the encoder alone has, uses its running statistics unless told otherwise, as published. ValueError for
+    what is no tensor of finite floats of the shape that a function takes.
     """
 
     kinds = ("pointnet",)
@@ -36,15 +38,18 @@ class CloudInference(Trained):
 
     def encode(self, clouds: Tensor) -> Tensor:
         """Posterior means [N, Z] of clouds [N, points, 3]."""
+        self._check_floats("clouds", clouds, self.points, 3)
         self._calibrate_encoder()
         return self.map(lambda rows, _: self.model.encode(rows).mean, clouds, "encode")
 
     def decode(self, z: Tensor) -> Tensor:
         """Clouds [N, points, 3] of latents [N, Z]."""
+        self._check_latents(z)
         return self.map(self.model.decode, z, "decode")
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
         """Clouds [count, points, 3] of prior samples."""
+        check_count(count)
         return self.decode(self.prior(count, seed))
 
     def reconstruct(self, clouds: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sivae_fast.checkpoint import load
 from sivae_fast.config import Config
-from sivae_fast.contract import Model
+from sivae_fast.contract import Model, described
 from sivae_fast.data.parallel import progress_bar
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.evaluation import batchnorm
@@ -109,6 +109,18 @@ class Trained:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(count, self.model.latent_size, generator=generator) * self.model.prior_std
 
+    def _check_latents(self, z: Tensor) -> None:
+        """Raises ValueError where z is no tensor of finite floats [N, Z], N at least 1."""
+        self._check_floats("z", z, self.model.latent_size)
+
+    def _check_floats(self, name: str, x: Tensor, *shape: int) -> None:
+        fits = isinstance(x, Tensor) and x.is_floating_point() and tuple(x.shape[1:]) == shape
+        if not fits or not len(x):
+            size = ", ".join(map(str, ("N", *shape)))
+            raise ValueError(f"{name} is {described(x)}, must be a tensor of floats [{size}], N at least 1")
+        if not x.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity, must be finite")
+
     def style_options(self, option: str, value, default) -> dict:
         """{option: value} where it is not the default; ValueError where the model has no styles."""
         if value == default:
@@ -129,6 +141,7 @@ class Trained:
         with statistics, progress_bar(len(rows), title, self.show and len(rows) > self.batch) as bar:
             for start in range(0, len(rows), self.batch):
                 part = rows[start : start + self.batch]
+                part = part.float() if part.is_floating_point() else part  # images are bytes
                 stream = Draws(seed, start, Rows.all(len(part)), self.device).stream(title)
                 with self.casting():
                     out = body(part.to(self.device), stream)

@@ -36,9 +36,11 @@ class MLPModel(Model):
         self.decoder = nn.ModuleDict({"main": _layers(latent_size, width, hidden_layers, input_size)})
 
     def encode(self, x: Tensor) -> Posterior:
+        self.check_rows("x", x, self.encoder["main"][0].in_features)
         return Posterior(*_forward(self.encoder["main"], x).chunk(2, dim=1))
 
     def decode(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        self.check_rows("z", z, self.latent_size)
         return _forward(self.decoder["main"], z)
 
     def encoder_modules(self) -> Iterable[nn.Module]:

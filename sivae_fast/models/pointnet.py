@@ -36,11 +36,11 @@ class PointNetModel(Model):
         self.decoder = nn.ModuleDict({"model": _decoder(latent_size, 3 * points)})
 
     def encode(self, x: Tensor) -> Posterior:
-        if x.dim() != 3 or x.shape[2] != 3:
-            raise ValueError(f"clouds have shape {list(x.shape)}: accepted is [B, points, 3]")
+        self.check_rows("x", x, "points", 3)
         return self.encoder(x)
 
     def decode(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        self.check_rows("z", z, self.latent_size)
         # The published order of the outputs: all x, all y, all z.
         return self.decoder["model"](z).view(-1, 3, self.points).transpose(1, 2).contiguous()
 

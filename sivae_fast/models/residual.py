@@ -79,7 +79,8 @@ class ResidualModel(Model):
         for option, value in counts.items():
             if value < 1:
                 raise ValueError(f"{option} is {value}, must be at least 1")
-        self.latent_size, self.norm, self.augment = latent_size, norm, augment
+        self.resolution, self.channels, self.latent_size = resolution, channels, latent_size
+        self.norm, self.augment = norm, augment
         self.lagged_decoder, self.lag_epochs = lagged_decoder, lag_epochs
         self.condition_size = condition_size
         shape = (widths[-1], final, final)
@@ -94,11 +95,13 @@ class ResidualModel(Model):
 
     def encode(self, x: Tensor, stream: Stream | None = None, condition: Tensor | None = None) -> Posterior:
         """`stream` serves the augmentation; `condition` [B, condition_size] is needed if that is > 0."""
+        self.check_rows("x", x, self.channels, self.resolution, self.resolution)
         if self.augment and self.training:
             x = augmented(x, stream)
         return Posterior(*self.encoder(x, self._checked(condition)).chunk(2, dim=1))
 
     def decode(self, z: Tensor, stream: Stream | None = None, condition: Tensor | None = None) -> Tensor:
+        self.check_rows("z", z, self.latent_size)
         return self.decoder(z, self._checked(condition))
 
     def decode_fake(self, z: Tensor, stream: Stream | None = None, condition: Tensor | None = None) -> Tensor:

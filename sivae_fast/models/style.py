@@ -95,11 +95,7 @@ class StyleModel(Model):
 
     def encode(self, x: Tensor) -> Posterior:
         """Posterior of images [B, channels, r, r] in [-1, 1], r the present `resolution`."""
-        expected = (self.channels, self.resolution, self.resolution)
-        if x.ndim != 4 or x.shape[1:] != expected:
-            raise ValueError(
-                f"images are {list(x.shape)}: level {self.lod} takes [B, {', '.join(map(str, expected))}]"
-            )
+        self.check_rows(f"x at level {self.lod}", x, self.channels, self.resolution, self.resolution)
         x = x.contiguous(memory_format=torch.channels_last)
         w = self.encoder(x, self.lod, self._blend if self.fading else None)
         return Posterior(*self.mapping_tl(w).chunk(2, dim=1))
@@ -150,6 +146,7 @@ class StyleModel(Model):
 
     def styles(self, z: Tensor) -> Tensor:
         """Styles [B, 2(lod + 1), latent_size] of latents [B, latent_size], coarse to fine: all the same."""
+        self.check_rows("z", z, self.latent_size)
         w = self.mapping_fl(z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt())
         return w[:, None].repeat(1, 2 * (self.lod + 1), 1)
 

@@ -46,7 +46,8 @@ class TwoEncoderModel(Model):
         for option, value in sizes.items():
             if value < 1 or (option == "width" and value % 2):
                 raise ValueError(f"{option}={value}: must be positive{', and even' * (option == 'width')}")
-        self.resolution, self.class_size, self.content_size = resolution, class_size, content_size
+        self.resolution, self.channels = resolution, channels
+        self.class_size, self.content_size = class_size, content_size
         self.latent_size = class_size + content_size
         self.further_fakes = ("swap",) if swapped_fakes else ()
         halvings = (resolution // _SMALLEST).bit_length() - 1
@@ -55,6 +56,7 @@ class TwoEncoderModel(Model):
         self.decoder = _Decoder(channels, width, halvings, class_size, content_size)
 
     def encode(self, x: Tensor) -> Posterior:
+        self.check_rows("x", x, self.channels, self.resolution, self.resolution)
         class_mean, class_logvar = self.class_encoder(x).chunk(2, 1)
         content_mean, content_logvar = self.content_encoder(x).chunk(2, 1)
         return Posterior(
@@ -62,6 +64,7 @@ class TwoEncoderModel(Model):
         )
 
     def decode(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        self.check_rows("z", z, self.latent_size)
         return self.decoder(*self.split(z))
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor]:

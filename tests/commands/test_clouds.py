@@ -248,3 +248,19 @@ def test_bad_input_is_named_in_one_line(runs, tmp_path, monkeypatch, capsys, arg
     code, _, error = call(capsys, arguments[0], runs.clouds, *arguments[1:])
     assert code == 1 and message in error and len(error.splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_clouds_that_do_not_fit_are_named_with_what_is_accepted(runs):
+    run = CloudInference.load(runs.clouds, device="cpu", show=False)
+    clouds = torch.rand(3, 20, 3)
+    for wrong in (clouds.numpy(), clouds[:, :19], clouds[..., :2], clouds[0], clouds[:0], clouds.int()):
+        for function in (run.encode, run.reconstruct):
+            with pytest.raises(ValueError, match=r"clouds is .*, must be a tensor of floats \[N, 20, 3\]"):
+                function(wrong)
+    with pytest.raises(ValueError, match="clouds holds NaN or infinity"):
+        run.reconstruct(torch.full_like(clouds, torch.nan))
+    assert torch.equal(run.encode(clouds.double()), run.encode(clouds))
+    with pytest.raises(ValueError, match=r"z is .*, must be a tensor of floats \[N, 4\]"):
+        run.decode(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="count is 0"):
+        run.sample(0)

@@ -177,8 +177,43 @@ def test_what_does_not_fit_is_named_with_what_is_accepted(runs):
         for function in (run.encode, run.reconstruct):
             with pytest.raises(ValueError, match=f"images is .*{accepted}"):
                 function(wrong)
-    for wrong in (torch.zeros(2, 5), torch.zeros(4), torch.zeros(0, 4), [0.0]):
-        with pytest.raises(ValueError, match=r"z is .*, must be a tensor \[N, 4\]"):
+    for wrong in (torch.zeros(2, 5), torch.zeros(4), torch.zeros(0, 4), [0.0], torch.zeros(2, 4).int()):
+        with pytest.raises(ValueError, match=r"z is .*, must be a tensor of floats \[N, 4\]"):
             run.decode(wrong)
-    with pytest.raises(ValueError, match="count is 0, must be at least 1"):
+    with pytest.raises(ValueError, match="z holds NaN or infinity, must be finite"):
+        run.decode(torch.full((2, 4), torch.inf))
+    assert torch.equal(run.decode(torch.ones(2, 4).double()), run.decode(torch.ones(2, 4)))
+    with pytest.raises(ValueError, match="count is 0, must be a whole number, at least 1"):
         run.sample(0)
+    with pytest.raises(ValueError, match="this model is of kind residual, styles need style"):
+        run.from_styles(torch.zeros(2, 6, 4))
+    with pytest.raises(ValueError, match=r"styles is .*\[2, 5, 8\], must be .* \[N, 6, 8\]"):
+        load(runs.style).from_styles(torch.zeros(2, 5, 8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("style", (3, 16, 16)),
+        ("residual", (1, 16, 16)),
+        ("translation", (3, 16, 16)),
+        ("clouds", (20, 3)),
+        ("density", (2,)),
+    ],
+)
+def test_a_loaded_model_names_what_it_accepts(runs, kind, shape):
+    model = sivae_fast.load(getattr(runs, kind))
+    x = torch.rand(2, *shape)
+    size = "points, 3" if kind == "clouds" else ", ".join(map(str, shape))
+    accepted = rf"must be a float32 tensor \[B, {size}\]"
+    for wrong in (x.double(), x.numpy(), x[0], torch.rand(2, *shape[:-1], 9), x.tolist()):
+        for function in (model.encode, model.reconstruct):
+            with pytest.raises(ValueError, match=f"x.* is .*, {accepted}"):
+                function(wrong)
+    with pytest.raises(ValueError, match=f"torch.uint8.*{accepted}: Inference takes bytes"):
+        model.reconstruct((x * 255).byte())
+    with pytest.raises(ValueError, match=rf"z is .*, must be a float32 tensor \[B, {model.latent_size}\]"):
+        model.decode(torch.zeros(2, model.latent_size + 1))
+    for count in (0, 2.5):
+        with pytest.raises(ValueError, match=f"count is {count}, must be a whole number, at least 1"):
+            model.sample(count)

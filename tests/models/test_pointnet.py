@@ -69,5 +69,5 @@ def test_order_of_points_does_not_matter():
 def test_bad_input():
     with pytest.raises(ValueError, match="prior_std = 0"):
         PointNetModel(prior_std=0)
-    with pytest.raises(ValueError, match=r"\[2, 3, 2048\]: accepted is \[B, points, 3\]"):
+    with pytest.raises(ValueError, match=r"\[2, 3, 2048\], must be .* \[B, points, 3\]"):
         PointNetModel(latent_size=2).encode(torch.zeros(2, 3, 2048))
