@@ -74,6 +74,19 @@ def test_a_vae_learns_where_the_data_are(tmp_path):
     assert found[1] < found[0] - 5
 
 
+def test_bfloat16_follows_float32(tmp_path):
+    """Ticks of 50 iterations of both phases, from the same weights and noise."""
+    short = ["model.width=32", "train.batch=256", "train.warmup_images=12800", "run.tick=12800"]
+    full, half = (
+        ticks(train(config(tmp_path / name, *short, f"train.precision={name}", images=256 * 200)))
+        for name in ("fp32", "bf16")
+    )
+    assert len(full) == 4 and full != half
+    for a, b in zip(full, half, strict=True):
+        for name in ("rec_real", "kl_real", "loss_encoder", "loss_decoder", "exp_elbo_fake"):
+            assert name not in a or b[name] == pytest.approx(a[name], rel=0.03), name
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
