@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 import sys
@@ -224,8 +223,10 @@ def _add_reconstruct(commands) -> None:
 
 
 def _reconstruct(files, **options) -> None:
+    from sivae_fast.commands.numbers import as_json
+
     run, options = _opened(options)
-    print(json.dumps(_pictures(run).reconstruct(run, options.pop("out"), files, **options)))
+    print(as_json(_pictures(run).reconstruct(run, options.pop("out"), files, **options)))
 
 
 def _add_interpolate(commands) -> None:
@@ -309,9 +310,10 @@ def _add_evaluate(commands) -> None:
 
 def _evaluate(**options) -> None:
     from sivae_fast.commands.evaluate import evaluate
+    from sivae_fast.commands.numbers import as_json
 
     estimate = {name: options.pop(name) for name in ("samples", "variance", "proposal") if name in options}
-    print(json.dumps(evaluate(**options, estimate=estimate), indent=1))
+    print(as_json(evaluate(**options, estimate=estimate), indent=1))
 
 
 def _add_report(commands) -> None:

@@ -111,15 +111,15 @@ class Trained:
 
     def _check_latents(self, z: Tensor) -> None:
         """Raises ValueError where z is no tensor of finite floats [N, Z], N at least 1."""
-        self._check_floats("z", z, self.model.latent_size)
+        self._check_floats("z", z, self.model.latent_size, hint=": latents of a model that diverged are not")
 
-    def _check_floats(self, name: str, x: Tensor, *shape: int) -> None:
+    def _check_floats(self, name: str, x: Tensor, *shape: int, hint: str = "") -> None:
         fits = isinstance(x, Tensor) and x.is_floating_point() and tuple(x.shape[1:]) == shape
         if not fits or not len(x):
             size = ", ".join(map(str, ("N", *shape)))
             raise ValueError(f"{name} is {described(x)}, must be a tensor of floats [{size}], N at least 1")
         if not x.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity, must be finite")
+            raise ValueError(f"{name} holds NaN or infinity, must be finite{hint}")
 
     def style_options(self, option: str, value, default) -> dict:
         """{option: value} where it is not the default; ValueError where the model has no styles."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sivae_fast import hub
 from sivae_fast.checkpoint import load, run_folder
-from sivae_fast.commands.report import texts
+from sivae_fast.commands.report import digits, texts
 from sivae_fast.config import Config
 from sivae_fast.contract import Model
 from sivae_fast.run import read_metrics
@@ -152,11 +152,11 @@ def _metrics(metrics: dict[str, list[dict]], images: int) -> str:
     rows = []
     for name, records in metrics.items():
         known = [record for record in records if record["images"] <= images]
-        if known and known[-1]["value"] is not None:
+        if known:
             record = known[-1]
             about = texts(record).items()
             beside = ", ".join(f"{k} {v}" for k, v in about if k not in ("images", "value"))
-            rows.append((name, f"{record['value']:.5g}", f"{record['images']:,}", beside))
+            rows.append((name, digits(record["value"]), f"{record['images']:,}", beside))
     if not rows:
         return ""
     return "## Measured\n\n" + _table(("metric", "value", "after images", "with"), rows)

@@ -121,14 +121,15 @@ def _metric_table(metrics: dict[str, list[dict]]) -> str:
     for name, records in metrics.items():
         if records:
             record = dict(records[-1])
-            row = f"<tr><th>{escape(name)}</th><td>{_digits(record.pop('value', None))}</td></tr>"
+            row = f"<tr><th>{escape(name)}</th><td>{digits(record.pop('value', None))}</td></tr>"
             about = "; ".join(f"{key.replace('_', ' ')}: {text}" for key, text in texts(record).items())
             tables.setdefault(escape(about), []).append(row)
     return "".join(f"<table>{''.join(rows)}</table><p>{about}</p>" for about, rows in tables.items())
 
 
-def _digits(value: float | None) -> str:
-    return "none" if value is None else f"{value:.5g}"
+def digits(value: float | None) -> str:
+    """A measured value as people read it; None is what files have in place of NaN and infinity."""
+    return "not finite" if value is None else f"{value:.5g}"
 
 
 def _metric_charts(metrics: dict[str, list[dict]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -156,9 +157,12 @@ MEASURES = {
 }
 
 
-def is_best(name: str, value: float, others: Iterable[float]) -> bool:
-    """Whether `value` of the metric `name` is better than all others."""
-    return all(value > other if name in MORE else value < other for other in others)
+def is_best(name: str, value: float, others: Iterable[float | None]) -> bool:
+    """Whether `value` of the metric `name` is better than all others; what is not finite, None among the
+    others, is never the best."""
+    others = [other for other in others if other is not None]
+    better = (value > other if name in MORE else value < other for other in others)
+    return math.isfinite(value) and all(better)
 
 
 def _check_ssim(config: Config) -> None:

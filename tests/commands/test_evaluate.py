@@ -7,7 +7,12 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
+from sivae_fast.checkpoint import load as load_model
+from sivae_fast.checkpoint import save_snapshot
 from sivae_fast.cli import main
+from sivae_fast.commands.card import card
+from sivae_fast.commands.numbers import as_json
+from sivae_fast.commands.report import report
 from sivae_fast.evaluation import fid, likelihood
 from sivae_fast.evaluation.features import load_features
 from sivae_fast.inference import Inference
@@ -189,3 +194,29 @@ def test_a_run_folder_without_write_permission_is_refused_before_the_work(runs, 
     monkeypatch.setattr("sivae_fast.evaluation.density.evaluate_density", None)
     assert main(["evaluate", str(runs.density), "--device", "cpu"]) == 1
     assert f"error: {runs.density} cannot be written" in capsys.readouterr().err
+
+
+def test_what_is_not_finite_becomes_null_and_says_why(runs, tmp_path, capsys, caplog):
+    """Finite weights whose products overflow; JSON has neither NaN nor infinity."""
+    folder = write_run(tmp_path / "00000-diverged", runs.grey, RESIDUAL, "unit")
+    model = load_model(folder)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.mul_(1e30)
+    snapshot = folder / "snapshots" / "0000001000.safetensors"
+    save_snapshot(snapshot, model, model.config, 1000, weights="averaged")
+    command = ["evaluate", str(folder), "--device", "cpu", "--count", "12", "--metrics"]
+    assert main([*command, "log_likelihood"]) == 0
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert printed["log_likelihood"]["value"] is None
+    assert "log_likelihood is nan and given as null: the model's outputs" in caplog.text
+    assert read_metrics(folder)["log_likelihood"][-1] == printed["log_likelihood"]
+    assert "<td>not finite</td>" in report(folder).read_text(encoding="utf-8")
+    assert "| log_likelihood | not finite | 1,000 |" in card(folder)
+    assert main([*command, "mse"]) == 1
+    assert "z holds NaN or infinity, must be finite: latents of a model that div" in capsys.readouterr().err
+
+
+def test_equal_images_have_no_finite_psnr(caplog):
+    assert json.loads(as_json({"mse": 0.0, "psnr": float("inf")})) == {"mse": 0.0, "psnr": None}
+    assert "psnr is inf and given as null: an image and its reconstruction are the same" in caplog.text

@@ -1,6 +1,7 @@
 """Measurements while training: due once each, on all ranks, and training goes on as if there were none."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -228,3 +229,10 @@ def test_no_path_of_this_machine_leaves_it(tmp_path, pictures):
     measured = settings(tmp_path, pictures, evaluate=paths)
     assert "/home/me" not in json.dumps(measured.portable().to_dict())
     assert measured.identity() == settings(tmp_path, pictures).identity()
+
+
+@pytest.mark.parametrize("metric", ["psnr", "mse"])
+def test_what_is_not_finite_is_never_the_best_and_hinders_none(metric):
+    assert evaluator.is_best(metric, 1.0, [None])
+    assert not evaluator.is_best(metric, math.nan, []) and not evaluator.is_best(metric, math.inf, [])
+    assert evaluator.is_best(metric, 2.0, [None, 1.0]) == (metric == "psnr")
