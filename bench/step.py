@@ -126,7 +126,7 @@ def providers(device: torch.device) -> dict[str, Callable[[StyleModel], Iteratio
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict:
     """Median seconds an image of each provider at its best batch, and ratios to the plain trainer."""
-    known = machine(device.type)
+    facts = machine(device.type)
     torch.manual_seed(0)
     model = StyleModel(options.resolution, start_channels=options.start_channels).to(device)
     rows = []
@@ -142,7 +142,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
     return {
         "command": f"python bench/step.py --resolution {options.resolution} --batches "
         + " ".join(map(str, options.batches)),
-        **known,
+        **facts,
         "clock": "wall, synchronised" if device.type == "cuda" else "processor time",
         "resolution": options.resolution,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -89,10 +89,11 @@ def test_each_provider_starts_with_the_compiler_as_pytorch_has_it(step, monkeypa
     assert found == [True, True]
 
 
-def test_a_result_names_every_provider(step, monkeypatch, tmp_path):
+@pytest.mark.parametrize("batches", [["2"], ["2", "4"]])
+def test_a_result_names_every_provider_and_the_machine(step, monkeypatch, tmp_path, batches):
     threads = torch.get_num_threads()
     out = tmp_path / "step.json"
-    arguments = ["--resolution", "8", "--start-channels", "4", "--batches", "2", "4", "--rounds", "1"]
+    arguments = ["--resolution", "8", "--start-channels", "4", "--batches", *batches, "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["step.py", *arguments, "--out", str(out)])
     try:
         step.main()
@@ -100,4 +101,5 @@ def test_a_result_names_every_provider(step, monkeypatch, tmp_path):
         torch.set_num_threads(threads)
     found = json.loads(out.read_text())
     assert set(found["ratio_to_plain"]) == set(step.providers(torch.device("cpu")))
-    assert len(found["rows"]) == 2 * len(found["best"])
+    assert len(found["rows"]) == len(batches) * len(found["best"])
+    assert found["torch"] == torch.__version__ and "commit" in found and "provider" not in found
