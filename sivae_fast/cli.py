@@ -291,9 +291,21 @@ def _add_evaluate(commands) -> None:
     command = _command(commands, "evaluate", _evaluate, "Measure a model; a run folder keeps the results.")
     _add_model(command)
     command.add_argument("--metrics", nargs="+", help="by kind of model, see docs/evaluation.md")
-    command.add_argument("--features", help="network of fid and its kin: inception, random")
+    command.add_argument("--features", help="network of fid and its kin: inception, inception-train, random")
     command.add_argument("--weights", help="file or folder of the networks' weights")
     command.add_argument("--count", type=int, default=50_000, help="at most so many images or clouds")
+    command.add_argument(
+        "--mirror",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="fid and its kin, as published: mirror each real image with probability 1/2",
+    )
+    command.add_argument(
+        "--round-down",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="fid and its kin, as published: round samples down to 8 bits, not to the nearest",
+    )
     command.add_argument("--ood", nargs="+", metavar="SET", help="image sets to be told from the model's own")
     command.add_argument("--own", help="held-out images of the model's kind, for --ood")
     command.add_argument("--out", help="folder of the results of --ood (default: a run folder, or here)")
@@ -313,7 +325,8 @@ def _evaluate(**options) -> None:
     from sivae_fast.commands.numbers import as_json
 
     estimate = {name: options.pop(name) for name in ("samples", "variance", "proposal") if name in options}
-    print(as_json(evaluate(**options, estimate=estimate), indent=1))
+    protocol = {name: options.pop(name) for name in ("mirror", "round_down") if name in options}
+    print(as_json(evaluate(**options, protocol=protocol, estimate=estimate), indent=1))
 
 
 def _add_report(commands) -> None:

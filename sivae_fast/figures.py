@@ -15,10 +15,12 @@ from sivae_fast.files import atomic
 GAP = 2
 
 
-def to_uint8(images: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+def to_uint8(
+    images: Tensor, value_range: tuple[float, float] = (-1.0, 1.0), *, round_down: bool = False
+) -> Tensor:
     """[..., H, W] floats in `value_range` to uint8 on the CPU, rounded and clipped; uint8 passes as it is.
 
-    Not-a-number becomes the lowest value.
+    Not-a-number becomes the lowest value. round_down: rounded down, not to the nearest.
     """
     images = images.detach()
     if images.dtype == torch.uint8:
@@ -29,7 +31,8 @@ def to_uint8(images: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> 
     if not high > low:
         raise ValueError(f"value_range must rise, got {value_range}")
     scaled = (images.float() - low) * (255 / (high - low))
-    return torch.nan_to_num(scaled, nan=0.0).round_().clamp_(0, 255).to(torch.uint8).cpu()
+    scaled = scaled.floor_() if round_down else scaled.round_()
+    return torch.nan_to_num(scaled, nan=0.0).clamp_(0, 255).to(torch.uint8).cpu()
 
 
 def grid(

@@ -68,12 +68,17 @@ class Inference(Trained):
         """uint8 reconstructions [N, C, r, r] of uint8 images [N, C, R, R], from the posterior mean."""
         return self.decode(self.encode(images), seed)
 
-    def decoded(self, z: Tensor, seed: int = 0, truncation: float = 1.0) -> Iterator[Tensor]:
-        """As `decode`, batch by batch, for sets that one does not want to hold."""
+    def decoded(
+        self, z: Tensor, seed: int = 0, truncation: float = 1.0, *, round_down: bool = False
+    ) -> Iterator[Tensor]:
+        """As `decode`, batch by batch, for sets that one does not want to hold.
+
+        round_down: to the 8 bits below, not to the nearest.
+        """
         options = self.style_options("truncation", truncation, 1.0)
         self._calibrate_decoder()
         body = lambda rows, stream: self.model.decode(rows, stream, **options)
-        return self._mapped(body, z, "decode", seed)
+        return self._mapped(body, z, "decode", seed, round_down)
 
     def from_styles(self, styles: Tensor, seed: int = 0, truncation: float = 1.0) -> Tensor:
         """uint8 images of styles [N, 2(lod + 1), Z] (style models)."""
@@ -96,9 +101,9 @@ class Inference(Trained):
         low, high = self.value_range
         return x * ((high - low) / 255) + low
 
-    def to_pixels(self, x: Tensor) -> Tensor:
+    def to_pixels(self, x: Tensor, round_down: bool = False) -> Tensor:
         """The model's output as uint8 on the CPU."""
-        return to_uint8(x, self.value_range)
+        return to_uint8(x, self.value_range, round_down=round_down)
 
     def _check_images(self, images: Tensor) -> None:
         side, channels = self.resolution, self.config.model.channels
@@ -112,9 +117,11 @@ class Inference(Trained):
                 "N at least 1"
             )
 
-    def _mapped(self, body: Callable, rows: Tensor, title: str, seed: int) -> Iterator[Tensor]:
+    def _mapped(
+        self, body: Callable, rows: Tensor, title: str, seed: int, round_down: bool = False
+    ) -> Iterator[Tensor]:
         for x in self._batches(body, rows, title, seed):
-            yield self.to_pixels(x)
+            yield self.to_pixels(x, round_down)
 
     def calibration_batches(self) -> Iterator[Tensor]:
         pictures = self.training_images(CALIBRATION * self.batch)

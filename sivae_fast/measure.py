@@ -37,6 +37,8 @@ def evaluate(
     data: str | os.PathLike | None = None,
     weights: str | os.PathLike | None = None,
     folder: str | os.PathLike | None = None,
+    mirror: bool = False,
+    round_down: bool = False,
     **estimate: object,
 ) -> dict[str, dict]:
     """Measures the model against a set of images, by default the one it was trained on.
@@ -44,6 +46,8 @@ def evaluate(
     metrics: some of `METRICS`. The first six compare `count` samples of the prior with as many real images in
     the space of `features`; mse to lpips compare images with their reconstructions; log_likelihood is the
     mean of log p(x) in nats, by `evaluation.likelihood` with its options samples, variance and proposal.
+    mirror, round_down: for the first six, mirror each real image with probability 1/2, by `seed`, and round
+    samples down to 8 bits, not to the nearest; the records say so.
     weights: folder of LPIPS's network. folder: a run folder, to whose metric files the records are added.
     Called in every process of a process group, each does its share and all get the result.
     Returns a record a metric: the value and all that has to be said beside it.
@@ -61,7 +65,9 @@ def evaluate(
         if features is None:
             raise ValueError(f"{', '.join(generation)} need features: give the network that compares images")
         about = {"generated_images": count, "features": features.name, "comparable": features.comparable}
-        values = fid.compare(features, reals.pixels(), generated(run, count, seed), generation)
+        about |= _protocol(run, features, mirror, round_down)
+        real = reals.pixels(mirror_seed=seed if mirror else None)
+        values = fid.compare(features, real, generated(run, count, seed, round_down), generation)
         records |= {name: {"value": value, **facts, **about} for name, value in values.items()}
     rest = [name for name in metrics if name in RECONSTRUCTION]
     if rest:
@@ -74,6 +80,13 @@ def evaluate(
         for name, record in records.items():
             append_metric(folder, name, record)
     return records
+
+
+def _protocol(run: Inference, features: Features, mirror: bool, round_down: bool) -> dict[str, object]:
+    """What sets a measurement apart from the usual one."""
+    found = {"mirrored": True} if mirror else {}
+    found |= {"rounded": "down"} if round_down else {}
+    return found | ({"batch": run.batch} if features.network.training else {})
 
 
 def detect_others(
@@ -162,13 +175,22 @@ class RealImages:
         for images in self._decoded():
             yield self.run.to_input(images)
 
-    def pixels(self) -> Iterator[Tensor]:
-        """uint8 [B, C, r, r] at the model's level, on its device."""
+    def pixels(self, mirror_seed: int | None = None) -> Iterator[Tensor]:
+        """uint8 [B, C, r, r] at the model's level, on its device.
+
+        mirror_seed: draws which half of the images is mirrored; the same ones for any number of ranks.
+        """
+        mirrored = torch.zeros(self.count, dtype=torch.bool)
+        if mirror_seed is not None:
+            mirrored = torch.rand(self.count, generator=torch.Generator().manual_seed(mirror_seed)) < 0.5
+        place, _ = share(self.count)
         for images in self._decoded():
-            if images.shape[-1] == self.run.resolution:
-                yield images.to(self.run.device)
-            else:
-                yield self.run.to_pixels(self.run.to_input(images)).to(self.run.device)
+            chosen = mirrored[place : place + len(images)].view(-1, 1, 1, 1)
+            place += len(images)
+            images = torch.where(chosen, images.flip(3), images)
+            if images.shape[-1] != self.run.resolution:
+                images = self.run.to_pixels(self.run.to_input(images))
+            yield images.to(self.run.device)
 
     def _decoded(self) -> Iterator[Tensor]:
         start, stop = share(self.count)
@@ -183,12 +205,12 @@ class RealImages:
                 decoder.close()
 
 
-def generated(run: Inference, count: int, seed: int) -> Iterator[Tensor]:
+def generated(run: Inference, count: int, seed: int, round_down: bool = False) -> Iterator[Tensor]:
     """This rank's share of `count` samples, uint8 on the model's device; the latents are the same for any
     number of ranks."""
     start, stop = share(count)
     latents = run.prior(count, seed)[start:stop]
-    for images in run.decoded(latents, seed + 1_000_003 * rank()):
+    for images in run.decoded(latents, seed + 1_000_003 * rank(), round_down=round_down):
         yield images.to(run.device)
 
 

@@ -11,6 +11,7 @@ def test_floats_are_rounded_clipped_and_not_a_number_is_black():
     values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0, float("nan"), float("inf")])
     assert to_uint8(values).tolist() == [0, 0, 128, 255, 255, 0, 255]
     assert to_uint8(torch.tensor([0.0, 0.5, 1.0]), (0.0, 1.0)).tolist() == [0, 128, 255]
+    assert to_uint8(values, round_down=True).tolist() == [0, 0, 127, 255, 255, 0, 255]
     with pytest.raises(TypeError, match="uint8 or floating point"):
         to_uint8(torch.ones(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="must rise"):

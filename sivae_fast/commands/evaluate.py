@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sivae_fast.checkpoint import load
 from sivae_fast.commands.opening import open_run
+from sivae_fast.evaluation.fid import METRICS as COMPARED
 from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.trained import pick_device
 
@@ -24,25 +25,32 @@ def evaluate(
     ood: Sequence[str] | None = None,
     own: str | None = None,
     out: str | None = None,
+    protocol: dict | None = None,
     estimate: dict | None = None,
     **options,
 ) -> dict:
     """Measures the model at the path `model`. The records also go into a run folder, if it is one; those of a
     checkpoint or snapshot in it do not, since the last record of a run is taken for that of its last state.
 
-    estimate: options of log p(x). options: those of `Trained.load`, without `averaged`.
+    protocol: mirror and round_down, of fid and its kin. estimate: options of log p(x). options: those of
+    `Trained.load`, without `averaged`.
     Raises ValueError for options that do not fit the kind of the model or each other, PermissionError, before
     anything is measured, for a run folder that cannot keep the results.
     """
-    estimate = estimate or {}
+    estimate, protocol = estimate or {}, protocol or {}
     if estimate and not ood and "log_likelihood" not in (metrics or ()):
         raise ValueError(f"--{next(iter(estimate))} is for --ood and for --metrics log_likelihood")
+    if protocol and (ood or not set(metrics or ["fid"]) & set(COMPARED)):
+        option = next(iter(protocol)).replace("_", "-")
+        raise ValueError(f"--{option} is for --metrics {' '.join(COMPARED)}")
     if ood and metrics:
         raise ValueError("--ood and --metrics are two evaluations: give one of them")
     folder = Path(model) if Path(model).is_dir() else None
     if folder and not (ood and out):
         _check_keeps(folder)
     kind = load(model).config.model.kind
+    if kind not in ("style", "residual"):
+        _refuse(kind, **protocol)
     if kind == "mlp":
         _refuse(kind, metrics=metrics, ood=ood, own=own, out=out, features=features, weights=weights)
         return _density(model, raw, seed, folder, **options)
@@ -64,7 +72,7 @@ def evaluate(
 
         where = out or folder or "."
         return detect_others(run, _named(ood), where, own=own, count=count, seed=seed, **estimate)
-    return _images(run, metrics or ["fid"], features, weights, count, seed, folder, estimate)
+    return _images(run, metrics or ["fid"], features, weights, count, seed, folder, protocol | estimate)
 
 
 def _check_keeps(folder: Path) -> None:
@@ -80,7 +88,8 @@ def _refuse(kind: str, **options) -> None:
     for name, value in options.items():
         if value is not None:
             shown = " ".join(value) if isinstance(value, list) else value
-            raise ValueError(f"--{name} {shown}: model.kind is {kind}, this option is for other models")
+            given = f"--{name.replace('_', '-')}{'' if value is True else f' {shown}'}"
+            raise ValueError(f"{given}: model.kind is {kind}, this option is for other models")
 
 
 def _named(paths: Sequence[str]) -> dict[str, str]:
@@ -89,15 +98,14 @@ def _named(paths: Sequence[str]) -> dict[str, str]:
     return {path if names.count(name) > 1 else name: path for name, path in zip(names, paths, strict=True)}
 
 
-def _images(run, metrics, features, weights, count, seed, folder, estimate) -> dict:
-    from sivae_fast.evaluation import fid
+def _images(run, metrics, features, weights, count, seed, folder, further) -> dict:
     from sivae_fast.evaluation.features import load_features
     from sivae_fast.measure import evaluate
 
-    compared = set(metrics) & set(fid.METRICS)
+    compared = set(metrics) & set(COMPARED)
     network = load_features(features or "inception", weights, run.device) if compared else None
     about = {"count": count, "seed": seed, "data": run.data_path, "weights": weights, "folder": folder}
-    return evaluate(run, metrics, features=network, **about, **estimate)
+    return evaluate(run, metrics, features=network, **about, **further)
 
 
 def _density(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
 
-KINDS = ("inception", "random")
+KINDS = ("inception", "inception-train", "random")
 
 
 class Features(NamedTuple):
@@ -22,7 +22,7 @@ class Features(NamedTuple):
 
     name: str
     network: nn.Module  # uint8 [B, 3, H, W] -> float [B, F]
-    comparable: bool  # with published numbers
+    comparable: bool  # with the numbers of other models
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features [B, F] float32 of uint8 images [B, 1 or 3, H, W]; grey is three equal channels."""
@@ -42,14 +42,16 @@ def load_features(
     "inception": Inception-v3 as published FIDs use it, that is as pytorch-fid does (2048 features,
         TensorFlow's weights, PyTorch's resizing), with torch-fidelity's layers; `weights` is the file or the
         folder it lies in.
+    "inception-train": the same in train mode, each batch normalised by its own statistics, which is what the
+        published FID of the residual model is in.
     "random": a small convolutional network with fixed random weights. It tells sets of images apart, needs no
         file and is comparable with nothing but itself.
     Raises ValueError for other kinds and for a damaged file, FileNotFoundError and ImportError saying what to
     get and from where.
     """
     if kind == "random":
-        return Features("random network, not comparable", RandomNetwork().to(device), False)
-    if kind != "inception":
+        return Features("random network, not comparable", RandomNetwork().to(device).eval(), False)
+    if kind not in KINDS:
         raise ValueError(f"features is {kind!r}, must be one of {', '.join(KINDS)}")
     path = _weights_file(weights)
     try:
@@ -62,7 +64,10 @@ def load_features(
     network = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
     )
-    return Features("inception-v3 2048, as pytorch-fid", Inception(network).to(device).eval(), True)
+    network = Inception(network).to(device).eval()
+    if kind == "inception-train":
+        return Features("inception-v3 2048, in train mode", network.train(), False)
+    return Features("inception-v3 2048, as pytorch-fid", network, True)
 
 
 class Inception(nn.Module):

@@ -21,6 +21,9 @@ from sivae_fast.training.evaluator import Evaluator, is_best
 
 logger = logging.getLogger("sivae_fast")
 
+#: Parts of a metric's record without which two values cannot be compared.
+_SAME = ("resolution", "features", "mirrored", "rounded")
+
 
 class Recorder:
     """Opens or finds the run folder and writes into it; ranks other than 0 only take part in collectives.
@@ -194,12 +197,13 @@ class Recorder:
             logger.error("checkpoint at %s images not saved: %s; %s", trainer.images, error, kept)
 
     def _keep_best(self, records: dict[str, dict]) -> None:
-        """A snapshot where the first of the metrics is better than ever before at this size."""
+        """A snapshot where the first of the metrics is better than all that were measured alike."""
         name = self._trainer.config.measured[0]
         if name not in records:
             return
-        size = records[name].get("resolution")
-        earlier = [r["value"] for r in read_metrics(self.folder).get(name, ()) if r.get("resolution") == size]
+        alike = lambda record: [record.get(key) for key in _SAME]
+        known = read_metrics(self.folder).get(name, ())
+        earlier = [record["value"] for record in known if alike(record) == alike(records[name])]
         if is_best(name, records[name]["value"], earlier):
             self._save_snapshot(self.folder / f"best-{name}.safetensors")
 

@@ -1,47 +1,80 @@
-"""The lines of docs/evaluation.md that measure FID as it was published."""
+"""The options that measure FID as it was published, and the records that tell such measurements apart."""
 
-from pathlib import Path
+import json
 
 import pytest
 import torch
 
-from sivae_fast.evaluation import features as network
+from sivae_fast.cli import main
 from sivae_fast.evaluation import fid
+from sivae_fast.evaluation.features import load_features
+from sivae_fast.inference import Inference
+from sivae_fast.measure import RealImages, evaluate, generated
+from sivae_fast.run import read_metrics
 
-GUIDE = Path(__file__).parents[2] / "docs" / "evaluation.md"
+RANDOM = load_features("random")
 
 
 @pytest.fixture
-def example(runs, tmp_path, monkeypatch):
-    """What the lines define, run on a small model and with features that need no file."""
-    (code,) = [part for part in GUIDE.read_text("utf-8").split("```") if "def mirrored" in part]
-    code = code.removeprefix("python").replace("50_000", "30")
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "00000-ffhq256").symlink_to(runs.style)
-    monkeypatch.chdir(tmp_path)
-    load = network.load_features
-    monkeypatch.setattr(network, "load_features", lambda kind, *where: load("random"))
-    scope: dict = {}
-    exec(compile(code, str(GUIDE), "exec"), scope)
-    return scope
+def run(runs):
+    return Inference.load(runs.style, device="cpu", show=False, batch=10)
 
 
-def test_half_of_the_real_images_are_mirrored(example):
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(400, 3, 16, 16)
-    torch.manual_seed(0)
-    found = torch.cat(list(example["mirrored"](images.split(90))))
-    same = (found == images).all(dim=(1, 2, 3))
-    assert (found[~same] == images[~same].flip(3)).all()
-    assert 0.4 < same.float().mean() < 0.6
+def test_half_of_the_real_images_are_mirrored_by_the_seed(run):
+    reals = RealImages(run, None, 24)
+    stored, mirrored = (torch.cat(list(reals.pixels(seed))) for seed in (None, 5))
+    same = (mirrored == stored).all(dim=(1, 2, 3))
+    assert 6 <= same.sum() <= 18
+    assert torch.equal(mirrored[~same], stored[~same].flip(3))
+    assert torch.equal(mirrored, torch.cat(list(reals.pixels(5))))
+    assert not torch.equal(mirrored, torch.cat(list(reals.pixels(6))))
 
 
-def test_generated_images_are_rounded_down(example):
-    run = example["run"]
-    batches = list(example["rounded_down"](run, 70))
-    assert [len(batch) for batch in batches] == [50, 20]  # of which Inception in train mode takes statistics
-    found = batches[0]
-    rounded = run.sample(70)[:50]
-    assert found.shape == rounded.shape and found.dtype == torch.uint8
-    less = rounded.int() - found.int()
-    assert set(less.unique().tolist()) == {0, 1}
-    assert fid.compare(example["features"], [rounded], [found], ["fid"])["fid"] > 0
+def test_ranks_mirror_the_same_images_as_one_does(run, monkeypatch):
+    reals = RealImages(run, None, 24)
+    whole, parts = torch.cat(list(reals.pixels(5))), []
+    for part in ((0, 11), (11, 24)):
+        monkeypatch.setattr("sivae_fast.measure.share", lambda count, part=part: part)
+        parts += reals.pixels(5)
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_samples_are_rounded_down(run):
+    nearest, down = (torch.cat(list(generated(run, 24, 0, how))) for how in (False, True))
+    assert down.dtype == torch.uint8 and set((nearest.int() - down.int()).unique().tolist()) == {0, 1}
+
+
+def test_numbers_are_of_what_the_options_say_and_records_tell_them_apart(run):
+    real = torch.cat(list(RealImages(run, None, 24).pixels(3)))
+    fake = torch.cat(list(generated(run, 24, 3, True)))
+    published = evaluate(run, ["fid", "mse"], features=RANDOM, count=24, seed=3, mirror=True, round_down=True)
+    expected = fid.compare(RANDOM, [real], [fake], ["fid"])["fid"]
+    assert published["fid"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert (published["fid"]["mirrored"], published["fid"]["rounded"]) == (True, "down")
+    assert not {"mirrored", "rounded"} & set(published["mse"])
+    usual = evaluate(run, ["fid"], features=RANDOM, count=24, seed=3)["fid"]
+    assert not {"mirrored", "rounded", "batch"} & set(usual)
+    assert usual["value"] != published["fid"]["value"]
+
+
+def test_features_in_train_mode_depend_on_the_batch_which_is_told(run):
+    network = torch.nn.Sequential(RANDOM.network, torch.nn.BatchNorm1d(64, eps=1e-12)).train()
+    features = RANDOM._replace(network=network)
+    assert evaluate(run, ["fid"], features=features, count=20)["fid"]["batch"] == 10
+
+
+def test_the_command_takes_them_for_fid_and_its_kin_alone(runs, capsys):
+    def told(model, *arguments):
+        assert main(["evaluate", str(model), "--device", "cpu", "--count", "12", *arguments]) == 1
+        return capsys.readouterr().err
+
+    fid_of_few = ["--device", "cpu", "--count", "12", "--features", "random"]
+    assert main(["evaluate", str(runs.style), *fid_of_few, "--mirror", "--round-down"]) == 0
+    record = json.loads(capsys.readouterr().out)["fid"]
+    assert (record["mirrored"], record["rounded"]) == (True, "down")
+    assert read_metrics(runs.style)["fid"][-1] == record
+    only = "is for --metrics fid kid precision recall density coverage"
+    assert f"--mirror {only}" in told(runs.style, "--metrics", "mse", "--mirror")
+    assert f"--round-down {only}" in told(runs.style, "--ood", str(runs.colour), "--round-down")
+    for model in (runs.clouds, runs.density, runs.translation):
+        assert "--round-down: model.kind is" in told(model, "--round-down")

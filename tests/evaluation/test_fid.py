@@ -174,7 +174,7 @@ def test_missing_and_wrong_inception_weights_say_where_to_get_them(tmp_path):
     (tmp_path / WEIGHTS).write_bytes(b"something else")
     with pytest.raises(ValueError, match="is not the published file"):
         load_features("inception", tmp_path)
-    with pytest.raises(ValueError, match="must be one of inception, random"):
+    with pytest.raises(ValueError, match="must be one of inception, inception-train, random"):
         load_features("vgg")
 
 
@@ -266,7 +266,8 @@ def test_inception_in_train_mode_normalises_batches_as_the_published_residual_fi
     pictures = images(4, 0)
     alone, together = ours(pictures[:2]), ours(pictures)[:2]
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-6)
-    ours.network.train()
+    ours = load_features("inception-train")
+    assert not ours.comparable and ours.name == "inception-v3 2048, in train mode"
     alone, together = ours(pictures[:2]), ours(pictures)[:2]
     assert (alone - together).norm() > 0.05 * together.norm()
 

@@ -17,7 +17,7 @@ from sivae_fast.config import ConfigError, make_config
 from sivae_fast.evaluation.features import load_features
 from sivae_fast.inference import Inference
 from sivae_fast.measure import evaluate
-from sivae_fast.run import read_metrics, read_stats
+from sivae_fast.run import append_metric, read_metrics, read_stats
 from sivae_fast.training import evaluator
 from sivae_fast.training.loop import train
 
@@ -107,19 +107,22 @@ def test_values_are_those_of_the_command_and_reach_stats_and_report(tmp_path, pi
 
 @pytest.mark.parametrize("metric", ["mse", "psnr"])
 def test_the_best_model_so_far_is_kept(tmp_path, pictures, monkeypatch, metric):
-    """The best of three values at 16 pixels; a better one at 8 pixels is no rival."""
+    """The best of three values at 16 pixels; better ones at 8 pixels or by another protocol are no rivals."""
     values = iter([1.0, 5.0, 4.0, 6.0] if metric == "mse" else [9.0, 5.0, 6.0, 4.0])
     of = evaluator.ImageMeasures.of
 
     def measured(self, *about):
         records = of(self, *about)
         records[metric]["value"] = next(values)
+        if records[metric]["resolution"] == 16:
+            rival = {**records[metric], "value": 0.0 if metric == "mse" else 99.0, "mirrored": True}
+            append_metric(next(tmp_path.glob("*/run.json")).parent, metric, rival)
         return records
 
     monkeypatch.setattr(evaluator.ImageMeasures, "of", measured)
     asked = {"every": 32, "metrics": [metric, "log_likelihood"], "images": 20}
     run = train(settings(tmp_path, pictures, 128, model=STYLE, evaluate=asked))
-    assert [r["resolution"] for r in read_metrics(run)[metric]] == [8, 16, 16, 16]
+    assert [r["resolution"] for r in read_metrics(run)[metric]] == [8, 16, 16, 16, 16, 16, 16]
     best = sivae_fast.load(run / f"best-{metric}.safetensors")
     assert best.images == 96 and best.facts["weights"] == "averaged"
     assert [path.name for path in run.glob("best-*")] == [f"best-{metric}.safetensors"]
