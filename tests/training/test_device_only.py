@@ -59,6 +59,7 @@ class NoNumbers:
 def no_autocast(monkeypatch):
     """PyTorch has no autocast for the meta device."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
 
 
 def iterate_twice(name: str, images: int, overrides: list[str], batch: int = 4) -> Iteration:
