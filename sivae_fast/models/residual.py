@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sivae_fast.contract import Model, Posterior
 from sivae_fast.draws import Stream
+from sivae_fast.models.enlarging import Twice
 
 
 def _size(resolution: int, channels: int, widths: tuple[int, ...], latent_size: int) -> dict:
@@ -167,7 +168,7 @@ class Decoder(nn.Module):
         size, before = 4, widths[-1]  # the published names count from 4 whatever the true size
         for after in reversed(widths):
             layers[f"res_in_{size}"] = Block(before, after, norm)
-            layers[f"up_to_{2 * size}"] = nn.Upsample(scale_factor=2, mode="nearest")
+            layers[f"up_to_{2 * size}"] = Twice()
             size, before = 2 * size, after
         layers[f"res_in_{size}"] = Block(before, before, norm)
         layers["predict"] = nn.Conv2d(before, channels, 5, padding=2)
@@ -233,7 +234,14 @@ def augmented(x: Tensor, stream: Stream | None = None) -> Tensor:
 def _norm(kind: str, channels: int) -> nn.Module:
     if kind == "batch":
         return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(max(1, channels // 16), channels)
+    return _GroupNorm(max(1, channels // 16), channels)
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Computed in float32 under autocast on a GPU, but what follows stays in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
 
 
 def _with(features: Tensor, condition: Tensor | None) -> Tensor:

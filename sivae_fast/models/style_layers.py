@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sivae_fast.kernels.style import activate_normalize, fuses
+from sivae_fast.models.enlarging import twice
 
 #: Under the square root of the encoder's channel statistics: a constant channel then has gradient 0, not NaN.
 DEVIATION_EPS = 1e-14
@@ -240,7 +241,7 @@ class Decoder(nn.Module):
         image = self.to_rgb[lod].conv(self._block(lod, x, styles, noise))
         if blend is None:
             return image
-        below = F.interpolate(self.to_rgb[lod - 1].conv(x), scale_factor=2, mode="nearest")
+        below = twice(self.to_rgb[lod - 1].conv(x))
         return torch.lerp(below, image, blend.to(image.dtype))
 
     def _block(self, i: int, x: Tensor, styles: Tensor, noise: list[Noise]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sivae_fast.contract import Model, Posterior
 from sivae_fast.draws import Stream
+from sivae_fast.models.enlarging import twice
 
 _SMALLEST = 4
 
@@ -124,7 +125,7 @@ class _Decoder(nn.Module):
     def forward(self, class_code: Tensor, content_code: Tensor) -> Tensor:
         x = self.content(content_code).view(-1, self.width, _SMALLEST, _SMALLEST)
         for convolution, style in zip(self.convolutions, self.styles, strict=True):
-            x = F.leaky_relu(convolution(F.interpolate(x, scale_factor=2)), 0.2)
+            x = F.leaky_relu(convolution(twice(x)), 0.2)
             # One plus the scale: a fresh network passes its features on instead of erasing them.
             scale, offset = style(class_code)[:, :, None, None].chunk(2, 1)
             x = F.instance_norm(x) * (1 + scale) + offset
