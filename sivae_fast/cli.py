@@ -174,6 +174,19 @@ def _add_sample(commands) -> None:
     )
     command.add_argument("--columns", type=int)
     command.add_argument("--truncation", type=float, default=1.0, help="below 1: closer to the average style")
+    _add_noise(command)
+    command.add_argument(
+        "--mixing", action="store_true", help="mix styles as in training, one draw of the layers a batch"
+    )
+
+
+def _add_noise(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--noise",
+        default="sample",
+        help="of style models: sample, own noise for each; batch, one for all; bump, what published models "
+        "have in place of noise; none",
+    )
 
 
 def _sample(**options) -> None:
@@ -197,8 +210,9 @@ def _density_figure(model, raw, out, device, precision, data, seed, **others):
             raise ValueError(
                 f"{name} is {others[name]}: the figure of a density has neither count nor columns"
             )
-    if others["truncation"] != 1.0:
-        raise ValueError(f"truncation={others['truncation']}: this model is of kind mlp, styles need style")
+    for name, usual in (("truncation", 1.0), ("noise", "sample"), ("mixing", False)):
+        if others[name] != usual:
+            raise ValueError(f"{name}={others[name]}: this model is of kind mlp, styles need style")
     if precision != "fp32":
         raise ValueError(f"precision is {precision!r}, must be fp32 for models of points in the plane")
     return sample(model, out, averaged=not raw, device=device, data=data, seed=seed)
@@ -220,6 +234,7 @@ def _add_reconstruct(commands) -> None:
     )
     command.add_argument("--columns", type=int, default=8)
     command.add_argument("--resize", action="store_true", help=_RESIZE)
+    _add_noise(command)
 
 
 def _reconstruct(files, **options) -> None:

@@ -54,30 +54,43 @@ class Inference(Trained):
         encode = lambda rows, _: self.model.encode(self.to_input(rows)).mean
         return self.map(encode, images, "encode")
 
-    def decode(self, z: Tensor, seed: int = 0, truncation: float = 1.0) -> Tensor:
-        """uint8 images [N, C, r, r] of latents [N, Z]."""
+    def decode(self, z: Tensor, seed: int = 0, truncation: float = 1.0, **style) -> Tensor:
+        """uint8 images [N, C, r, r] of latents [N, Z]; truncation and `style` as of `decoded`."""
         self._check_latents(z)
-        return torch.cat(list(self.decoded(z, seed, truncation)))
+        return torch.cat(list(self.decoded(z, seed, truncation, **style)))
 
-    def sample(self, count: int, seed: int = 0, truncation: float = 1.0) -> Tensor:
-        """uint8 images [count, C, r, r] of prior samples, without style mixing."""
+    def sample(self, count: int, seed: int = 0, truncation: float = 1.0, **style) -> Tensor:
+        """uint8 images [count, C, r, r] of prior samples; truncation and `style` as of `decoded`."""
         check_count(count)
-        return self.decode(self.prior(count, seed), seed, truncation)
+        return self.decode(self.prior(count, seed), seed, truncation, **style)
 
-    def reconstruct(self, images: Tensor, seed: int = 0) -> Tensor:
-        """uint8 reconstructions [N, C, r, r] of uint8 images [N, C, R, R], from the posterior mean."""
-        return self.decode(self.encode(images), seed)
+    def reconstruct(self, images: Tensor, seed: int = 0, **style) -> Tensor:
+        """uint8 reconstructions [N, C, r, r] of uint8 images [N, C, R, R], from the posterior mean; `style`
+        as of `decoded`."""
+        return self.decode(self.encode(images), seed, **style)
 
     def decoded(
-        self, z: Tensor, seed: int = 0, truncation: float = 1.0, *, round_down: bool = False
+        self,
+        z: Tensor,
+        seed: int = 0,
+        truncation: float = 1.0,
+        *,
+        noise: str = "sample",
+        mixing: bool = False,
+        round_down: bool = False,
     ) -> Iterator[Tensor]:
         """As `decode`, batch by batch, for sets that one does not want to hold.
 
+        truncation, noise: of style models, see `StyleModel.decode`. mixing: their style mixing, by which a
+        batch as a whole takes its finer styles from second latents, as in training.
         round_down: to the 8 bits below, not to the nearest.
         """
         options = self.style_options("truncation", truncation, 1.0)
+        options |= self.style_options("noise", noise, "sample")
+        mixed = self.style_options("mixing", mixing, False)
+        decode = self.model.generate if mixed else self.model.decode
         self._calibrate_decoder()
-        body = lambda rows, stream: self.model.decode(rows, stream, **options)
+        body = lambda rows, stream: decode(rows, stream, **options, **mixed)
         return self._mapped(body, z, "decode", seed, round_down)
 
     def from_styles(self, styles: Tensor, seed: int = 0, truncation: float = 1.0) -> Tensor:

@@ -31,16 +31,18 @@ def sample(
     count: int | None = None,
     seed: int = 0,
     truncation: float = 1.0,
+    noise: str = "sample",
+    mixing: bool = False,
     columns: int | None = None,
 ) -> Path:
     """Samples of the prior, as the name `out` says: .png is a grid of pictures, .npy an array
     [count, points, 3], .ply one cloud, .xml one cloud as a scene of Mitsuba 3, a folder holds `count` .ply
     files; one that holds other files is refused.
 
-    count: None is 1 for what holds one cloud, else 64. truncation is for style models.
+    count: None is 1 for what holds one cloud, else 64. truncation, noise and mixing are for style models.
     """
     out = named(out, *MANY, *SINGLE, folder=True)
-    run.style_options("truncation", truncation, 1.0)
+    _without_styles(run, truncation=truncation, noise=noise, mixing=mixing)
     count = (1 if out.suffix in SINGLE else 64) if count is None else count
     positive(count=count, columns=1 if columns is None else columns)
     _check_folder(out, count)
@@ -61,14 +63,17 @@ def reconstruct(
     columns: int = 8,
     resize: bool = False,
     seed: int = 0,
+    noise: str = "sample",
 ) -> dict[str, float]:
     """Reconstructions, from the posterior mean, of clouds in files; without files, of `count` test clouds
     drawn from `seed`.
 
-    A .png shows the clouds above their reconstructions; other names as of `sample`, without the clouds.
+    noise is for style models. A .png shows the clouds above their reconstructions; other names as of
+    `sample`, without the clouds.
     Returns the mean over the clouds of the Chamfer distance, summed over the points as in training.
     """
     out = named(out, *MANY, *SINGLE, folder=True)
+    _without_styles(run, noise=noise)
     count = (1 if out.suffix in SINGLE else 16) if count is None else count
     positive(count=count, columns=columns)
     clouds = run.read(files, resize) if files else run.own_clouds(count, seed)
@@ -130,6 +135,11 @@ def along(ends: Tensor, steps: int) -> Tensor:
     before = place.long().clamp(max=last - 1)
     share = (place - before).view(-1, *[1] * (ends.ndim - 1))
     return torch.lerp(ends[before], ends[before + 1], share)
+
+
+def _without_styles(run: CloudInference, **options) -> None:
+    for name, value in options.items():
+        run.style_options(name, value, {"truncation": 1.0, "noise": "sample", "mixing": False}[name])
 
 
 def _check_folder(out: Path, count: int) -> None:

@@ -30,13 +30,16 @@ def sample(
     count: int = 64,
     seed: int = 0,
     truncation: float = 1.0,
+    noise: str = "sample",
+    mixing: bool = False,
     columns: int | None = None,
 ) -> Path:
     """Samples of the prior: one grid where `out` ends in .png, `count` single files in the folder `out` where
     it has no ending. The folder gets all of them or, after an error, none; one that holds other files is
     refused.
 
-    truncation below 1 pulls the coarse styles towards the average one (style models).
+    truncation below 1 pulls the coarse styles towards the average one; noise and mixing as of
+    `Inference.decoded` (style models).
     """
     positive(count=count, columns=1 if columns is None else columns)
     if not 0 <= truncation < math.inf:
@@ -44,12 +47,13 @@ def sample(
             f"truncation is {truncation}, must be 0 or more: 1 changes nothing, 0 is the average"
         )
     out = named(out, ".png", folder=True)
+    style = {"truncation": truncation, "noise": noise, "mixing": mixing}
     if out.suffix == ".png":
-        save_grid(out, _rows(run.sample(count, seed, truncation), columns))
+        save_grid(out, _rows(run.sample(count, seed, **style), columns))
         return out
     only_own(out, count, ".png")
     with filling(out) as folder:
-        batches = run.decoded(run.prior(count, seed), seed, truncation)
+        batches = run.decoded(run.prior(count, seed), seed, **style)
         for number, image in enumerate(itertools.chain.from_iterable(batches)):
             save_image(folder / f"{number:06d}.png", image)
     return out
@@ -64,15 +68,17 @@ def reconstruct(
     columns: int = 8,
     resize: bool = False,
     seed: int = 0,
+    noise: str = "sample",
 ) -> dict[str, float]:
     """A grid of images above their reconstructions, from the posterior mean; by default of `own_images`.
 
-    Returns the mean MSE, PSNR and (from 11 pixels on) SSIM of pixels in [0, 1].
+    noise: as of `Inference.decoded` (style models). Returns the mean MSE, PSNR and (from 11 pixels on) SSIM
+    of pixels in [0, 1].
     """
     positive(count=count, columns=columns)
     out = named(out, ".png")
     images = run.read(pictures, count, resize) if pictures else run.own_images(count, seed)
-    rec = run.reconstruct(images, seed)
+    rec = run.reconstruct(images, seed, noise=noise)
     images = run.to_pixels(run.to_input(images))  # what the model saw: growing models, at their level
     pairs = [rows for pair in zip(images.split(columns), rec.split(columns), strict=True) for rows in pair]
     save_grid(out, pairs)

@@ -213,6 +213,8 @@ def test_clouds_between_clouds(run, runs, tmp_path, capsys, test_clouds):
         (["sample", "--out", "s.ply", "--count", "2"], "s.ply holds one cloud, got 2"),
         (["sample", "--count", "0"], "count is 0, must be at least 1"),
         (["sample", "--truncation", "0.5"], "truncation=0.5: this model is of kind pointnet"),
+        (["sample", "--mixing"], "mixing=True: this model is of kind pointnet"),
+        (["reconstruct", "--noise", "none"], "noise=none: this model is of kind pointnet"),
         (["sample", "--precision", "fp16"], "precision is 'fp16', must be one of fp32, bf16"),
         (["sample", "--batch-norm", "eval"], "--batch-norm is 'eval', must be one of running, batch"),
         (["reconstruct", "gone.ply"], "gone.ply cannot be used: it does not exist"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sivae_fast.cli import main
 from sivae_fast.commands import clouds, pictures
 from sivae_fast.commands.pictures import _layers, _round_trip, between, interpolate, mix, reconstruct, sample
 from sivae_fast.inference import Inference
@@ -118,9 +119,30 @@ def test_layers_by_name_and_range():
         _layers("all", 6)
 
 
+def test_noise_and_style_mixing_are_those_of_the_model(style, runs, tmp_path):
+    with torch.no_grad():
+        bump = style.model.decode(style.prior(4, 0), noise="bump")
+    assert torch.equal(style.sample(4, noise="bump"), style.to_pixels(bump))
+    seen = {style.sample(4, noise=noise).numpy().tobytes() for noise in ("sample", "batch", "bump", "none")}
+    assert len(seen) == 4
+    plain = lambda seed, **style_: style.sample(4, seed, noise="none", **style_)
+    mixed = next(seed for seed in range(9) if not torch.equal(plain(seed), plain(seed, mixing=True)))
+    assert torch.equal(plain(mixed, mixing=True), plain(mixed, mixing=True))
+    out = tmp_path / "r.png"
+    errors = [reconstruct(style, out, [runs.colour], noise=noise) for noise in ("none", "bump")]
+    assert errors[0] != errors[1]
+    common = ["sample", str(runs.style), "--device", "cpu", "--count", "4", "--seed", str(mixed)]
+    for number, flags in enumerate([[], ["--noise", "none"], ["--noise", "none", "--mixing"]]):
+        assert main([*common, "--out", str(tmp_path / f"{number}.png"), *flags]) == 0
+    assert len({(tmp_path / f"{number}.png").read_bytes() for number in range(3)}) == 3
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda run, out, one: sample(run, out / "s.png", noise="none"), "noise=none: this model is of kind"),
+        (lambda run, out, one: sample(run, out / "s.png", mixing=True), "mixing=True: this model is of kind"),
+        (lambda run, out, one: reconstruct(run, out / "r.png", [one], noise="batch"), "noise=batch: this"),
         (lambda run, out, one: interpolate(run, out / "i.png", [one]), "between 2 or 4 pictures, got 1"),
         (lambda run, out, one: interpolate(run, out / "i.gif", [one]), "give 2 or more, got 1"),
         (lambda run, out, one: interpolate(run, out / "i.jpg"), r"ending in \.png, \.gif or \.mp4"),
