@@ -89,6 +89,7 @@ class ResidualModel(Model):
         self.decoder = Decoder(channels, widths, shape, latent_size, norm, condition_size)
         if lagged_decoder:
             self.target_decoder = copy.deepcopy(self.decoder).requires_grad_(False)
+        self.to(memory_format=torch.channels_last)
 
     @property
     def uses_batch_statistics(self) -> bool:
@@ -99,6 +100,7 @@ class ResidualModel(Model):
         self.check_rows("x", x, self.channels, self.resolution, self.resolution)
         if self.augment and self.training:
             x = augmented(x, stream)
+        x = x.contiguous(memory_format=torch.channels_last)
         return Posterior(*self.encoder(x, self._checked(condition)).chunk(2, dim=1))
 
     def decode(self, z: Tensor, stream: Stream | None = None, condition: Tensor | None = None) -> Tensor:
@@ -175,7 +177,8 @@ class Decoder(nn.Module):
         self.main = nn.Sequential(layers)
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        return self.main(self.fc(_with(z, condition)).unflatten(1, self.final_shape))
+        x = self.fc(_with(z, condition)).unflatten(1, self.final_shape)
+        return self.main(x.contiguous(memory_format=torch.channels_last))
 
 
 class Block(nn.Module):

@@ -11,11 +11,11 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sivae_fast.contract import Model, Posterior
 from sivae_fast.draws import Stream
+from sivae_fast.kernels.style import activate_normalize
 from sivae_fast.models.enlarging import twice
 
 _SMALLEST = 4
@@ -55,9 +55,11 @@ class TwoEncoderModel(Model):
         self.class_encoder = _encoder(channels, width, halvings, class_size)
         self.content_encoder = _encoder(channels, width, halvings, content_size)
         self.decoder = _Decoder(channels, width, halvings, class_size, content_size)
+        self.to(memory_format=torch.channels_last)
 
     def encode(self, x: Tensor) -> Posterior:
         self.check_rows("x", x, self.channels, self.resolution, self.resolution)
+        x = x.contiguous(memory_format=torch.channels_last)
         class_mean, class_logvar = self.class_encoder(x).chunk(2, 1)
         content_mean, content_logvar = self.content_encoder(x).chunk(2, 1)
         return Posterior(
@@ -124,9 +126,8 @@ class _Decoder(nn.Module):
 
     def forward(self, class_code: Tensor, content_code: Tensor) -> Tensor:
         x = self.content(content_code).view(-1, self.width, _SMALLEST, _SMALLEST)
+        x = x.contiguous(memory_format=torch.channels_last)
         for convolution, style in zip(self.convolutions, self.styles, strict=True):
-            x = F.leaky_relu(convolution(twice(x)), 0.2)
             # One plus the scale: a fresh network passes its features on instead of erasing them.
-            scale, offset = style(class_code)[:, :, None, None].chunk(2, 1)
-            x = F.instance_norm(x) * (1 + scale) + offset
+            x, *_ = activate_normalize(convolution(twice(x)), eps=1e-5, style=style(class_code), inplace=True)
         return self.to_image(x)

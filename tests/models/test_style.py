@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import LAST, Layouts
 from published_fill import filled, sequence
 from torch._dynamo.backends.debugging import aot_eager
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plain_style import PlainStyle, kernel4
@@ -17,8 +17,6 @@ from sivae_fast.draws import Draws, Joined, Rows, Stream
 from sivae_fast.models.style import StyleModel
 from sivae_fast.models.style_layers import double, halve
 from sivae_fast.models.style_names import from_published, to_published
-
-LAST = torch.channels_last
 
 
 def tiny(**options) -> StyleModel:
@@ -398,25 +396,6 @@ def test_bfloat16_autocast_stays_near_float32():
         assert (low.float() - full).norm() < 0.02 * full.norm()
     (posterior.mean.sum() + image.float().square().sum()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
-
-class Layouts(TorchDispatchMode):
-    """Records maps of several channels that are not channels-last, and copies of maps."""
-
-    def __init__(self):
-        super().__init__()
-        self.wrong = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        for result in results if isinstance(results, (tuple, list)) else [results]:
-            if is_map(result) and ("clone" in str(function) or not result.is_contiguous(memory_format=LAST)):
-                self.wrong.append((str(function), tuple(result.shape)))
-        return results
-
-
-def is_map(x) -> bool:
-    return isinstance(x, torch.Tensor) and x.ndim == 4 and min(x.shape) > 1
 
 
 @pytest.mark.parametrize("low", [False, True])
