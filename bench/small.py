@@ -5,8 +5,9 @@
 The density model at batch 512 and the residual model at 32x32 and batch 32, as their configurations have
 them, data included; on a CPU far smaller, and without graphs, to show that the script runs. `plain` is the
 published iteration in plain PyTorch with its data on the device already; on a GPU it is there with networks
-compiled by torch.compile, too. Rounds of all are interleaved, a row holds the median. Before anything is
-timed, the losses of the first iterations of all must agree.
+compiled by torch.compile, too. All run under the settings of `launch/train.py`: the fastest of cuDNN's
+algorithms, TF32 convolutions, float32 matrix products. Rounds of all are interleaved, a row holds the median.
+Before anything is timed, the losses of the first iterations of all must agree.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Before timing, one float64 update of each must agree to 1e-10, and on a GPU one 
 there to what rounding allows; otherwise nothing is written. On a GPU there are also bf16, compiled and
 captured versions; --batches then tries several batches and each provider counts with its best.
 
-All run under PyTorch's own settings, as `launch/train.py` leaves them: float32 matrix products, TF32
-convolutions. Beside them "plain, TF32" multiplies matrices in TF32, too, which a user of the plain trainer
+All run under the settings of `launch/train.py`: the fastest of cuDNN's algorithms, TF32 convolutions, float32
+matrix products. Beside them "plain, TF32" multiplies matrices in TF32, too, which a user of the plain trainer
 might switch on.
 """
 
@@ -37,9 +37,9 @@ from sivae_fast.models.style_names import our_name, swap_layout
 from sivae_fast.objectives import SoftIntroVAE
 from sivae_fast.training.averaging import Average
 from sivae_fast.training.compiling import compile_networks
+from sivae_fast.training.device import prepare
 from sivae_fast.training.engine import make_engine
 from sivae_fast.training.graphs import Graphs
-from sivae_fast.training.memory import keep_freed_memory
 from sivae_fast.training.optim import make_optimizer, set_learning_rate
 from sivae_fast.training.step import Step
 
@@ -287,8 +287,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
+    prepare(device)
     agreement = differences(device)
     for name, (difference, limit) in agreement.items():
         if not difference <= limit:

@@ -13,6 +13,7 @@ from sivae_fast.growth import Schedule, Stage
 from sivae_fast.systems import check_batch, error_function, make_model, make_objective
 from sivae_fast.training.averaging import Average
 from sivae_fast.training.compiling import compile_networks
+from sivae_fast.training.device import prepare
 from sivae_fast.training.engine import make_engine
 from sivae_fast.training.meter import Meter
 from sivae_fast.training.optim import make_optimizer
@@ -35,6 +36,7 @@ class Iteration:
     ):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.images = 0
+        prepare(device)
         self.model = make_model(config).to(device)
         self.objective = make_objective(config, input_shape).to(device)
         self.step = Step(

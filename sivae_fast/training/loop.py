@@ -21,7 +21,6 @@ from sivae_fast.training.fitting import fitted
 from sivae_fast.training.graphs import Graphs, check_graphs
 from sivae_fast.training.guard import Diverged, Guard
 from sivae_fast.training.iteration import Iteration
-from sivae_fast.training.memory import keep_freed_memory
 from sivae_fast.training.meter import means
 from sivae_fast.training.optim import set_learning_rate
 from sivae_fast.training.recorder import Recorder
@@ -71,8 +70,6 @@ class Trainer(Iteration):
         identity: str | None = None,
     ):
         self.schedule, self.identity = schedule, identity or config.identity()
-        if device.type == "cpu":
-            keep_freed_memory()
         self.data = on_all_ranks(lambda: make_data(config, device, show=rank == 0))
         check_same(data_facts(self.data))
         self.facts = run_facts(config, self.data)

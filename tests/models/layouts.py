@@ -28,4 +28,6 @@ class Layouts(TorchDispatchMode):
         return results
 
     def _is_map(self, x) -> bool:
-        return isinstance(x, torch.Tensor) and x.ndim == 4 and min(x.shape) > 1 and self.rows in (None, len(x))
+        return (
+            isinstance(x, torch.Tensor) and x.ndim == 4 and min(x.shape) > 1 and self.rows in (None, len(x))
+        )
