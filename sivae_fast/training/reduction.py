@@ -46,8 +46,7 @@ class Reduction:
         for work, flat, gradients in self._sent:
             work.wait()
             flat /= dist.get_world_size()
-            pieces = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
+            torch._foreach_copy_(gradients, flat.split([gradient.numel() for gradient in gradients]))
         self._sent, self._next = [], 0
         if len(with_gradient) != len(self._bucket_of) or any(p not in self._bucket_of for p in with_gradient):
             self._buckets = _buckets(with_gradient)
@@ -65,10 +64,16 @@ class Reduction:
         self._next += 1
 
     def _send(self, bucket: list[nn.Parameter]) -> None:
-        gradients = [p.grad for p in bucket if p.grad is not None]
+        gradients = [_as_it_lies(p.grad) for p in bucket if p.grad is not None]
         if gradients:
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            flat = torch.cat(gradients)
             self._sent.append((dist.all_reduce(flat, async_op=True), flat, gradients))
+
+
+def _as_it_lies(gradient: Tensor) -> Tensor:
+    """All numbers in the order of memory, a view: channels-last ones would be copied there and back."""
+    order = sorted(range(gradient.dim()), key=gradient.stride, reverse=True)
+    return gradient.permute(order).view(-1)
 
 
 def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:

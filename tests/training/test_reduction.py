@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sivae_fast.config import make_config
 from sivae_fast.growth import Stage
@@ -109,6 +111,38 @@ def test_layers_that_leave_and_join_are_sent_once(found):
         assert sum(sent) == 72 * len(used)
     without_begin = found[3][1]
     assert without_begin.index("backward is over") < without_begin.index("sent 72")
+
+
+class Copies(TorchDispatchMode):
+    """Records copies of single tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("clone", "copy_", "_to_copy"):
+            self.found.append((str(function), tuple(args[0].shape)))
+        return function(*args, **(kwargs or {}))
+
+
+def test_gradients_are_sent_as_they_lie_in_memory(monkeypatch):
+    def doubled(flat, async_op):
+        flat *= 2
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(dist, "all_reduce", doubled)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 1, 3))
+    layers.to(memory_format=torch.channels_last)
+    layers(torch.randn(2, 3, 8, 8)).sum().backward()
+    expected = [p.grad / 2 for p in layers.parameters()]
+    with Copies() as copies:
+        Reduction([*layers.parameters()]).finish()
+    assert not copies.found
+    for parameter, gradient in zip(layers.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient) and parameter.grad.stride() == gradient.stride()
 
 
 def one_rank_of_training(rank: int, file: str, answers) -> None:
