@@ -267,7 +267,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error})") from error
+        raise CheckpointError(f"{path.name} cannot be read as .safetensors ({error})") from error
 
 
 def _digest_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

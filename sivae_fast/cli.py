@@ -139,7 +139,13 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=64, help="images or clouds in one pass")
     add("--batch-norm", help="running, batch or recalibrated, for models that have batch norm")
     add("--data", help="the data, where they are not where the run found them; of points, a name")
-    add("--seed", type=int, default=0)
+    add("--seed", type=_seed, default=0, help="of all that is drawn")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**62:  # what torch's generators take, with room to count up
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2^62 - 1")
+    return int(text)
 
 
 def _opened(options: dict):

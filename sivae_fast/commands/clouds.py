@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sivae_fast.commands.pictures import SPACES, between, named, only_own, positive
+from sivae_fast.commands.arguments import named, only_own, positive
+from sivae_fast.commands.pictures import SPACES, between
 from sivae_fast.data.ply import write_ply
 from sivae_fast.evaluation.mitsuba import write_scene
 from sivae_fast.evaluation.pointcloud_figures import animate, draw_clouds
@@ -65,8 +66,8 @@ def reconstruct(
     seed: int = 0,
     noise: str = "sample",
 ) -> dict[str, float]:
-    """Reconstructions, from the posterior mean, of clouds in files; without files, of `count` test clouds
-    drawn from `seed`.
+    """Reconstructions, from the posterior mean, of clouds in files, at most the first `count` of all where it
+    is given; without files, of `count` test clouds drawn from `seed`.
 
     noise is for style models. A .png shows the clouds above their reconstructions; other names as of
     `sample`, without the clouds.
@@ -74,9 +75,11 @@ def reconstruct(
     """
     out = named(out, *MANY, *SINGLE, folder=True)
     _without_styles(run, noise=noise)
-    count = (1 if out.suffix in SINGLE else 16) if count is None else count
-    positive(count=count, columns=columns)
-    clouds = run.read(files, resize) if files else run.own_clouds(count, seed)
+    positive(count=1 if count is None else count, columns=columns)
+    if files:
+        clouds = run.read(files, resize)[:count]
+    else:
+        clouds = run.own_clouds(count or (1 if out.suffix in SINGLE else 16), seed)
     _check_folder(out, len(clouds))
     rec = run.reconstruct(clouds)
     if out.suffix == ".png":

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from sivae_fast.checkpoint import load
-from sivae_fast.commands.pictures import named
+from sivae_fast.commands.arguments import named
 from sivae_fast.contract import Model
 from sivae_fast.data.densities import NAMES, Density
 from sivae_fast.evaluation.density import energy_grid, prior_samples

@@ -40,24 +40,22 @@ def evaluate(
     estimate, protocol = estimate or {}, protocol or {}
     if estimate and not ood and "log_likelihood" not in (metrics or ()):
         raise ValueError(f"--{next(iter(estimate))} is for --ood and for --metrics log_likelihood")
-    if protocol and (ood or not set(metrics or ["fid"]) & set(COMPARED)):
-        option = next(iter(protocol)).replace("_", "-")
-        raise ValueError(f"--{option} is for --metrics {' '.join(COMPARED)}")
     if ood and metrics:
         raise ValueError("--ood and --metrics are two evaluations: give one of them")
     folder = Path(model) if Path(model).is_dir() else None
     if folder and not (ood and out):
         _check_keeps(folder)
     kind = load(model).config.model.kind
-    if kind not in ("style", "residual"):
-        _refuse(kind, **protocol)
-    if kind == "mlp":
-        _refuse(kind, metrics=metrics, ood=ood, own=own, out=out, features=features, weights=weights)
-        return _density(model, raw, seed, folder, **options)
-    if kind in ("pointnet", "two_encoder"):
-        _refuse(kind, ood=ood, own=own, out=out, features=features)
-    if kind == "pointnet":
+    of_images = {"features": features, "own": own, "out": out, **protocol}
+    if kind in ("style", "residual"):
+        _check_use(metrics or ["fid"], ood, weights=weights, **of_images)
+    else:
+        _refuse(kind, ood=ood, **of_images)
+    if kind in ("mlp", "pointnet"):
         _refuse(kind, weights=weights)
+    if kind == "mlp":
+        _refuse(kind, metrics=metrics)
+        return _density(model, raw, seed, folder, **options)
     run = open_run(model, averaged=not raw, **options)
     if isinstance(run, CloudInference):
         from sivae_fast.measure_clouds import evaluate_clouds
@@ -87,9 +85,23 @@ def _check_keeps(folder: Path) -> None:
 def _refuse(kind: str, **options) -> None:
     for name, value in options.items():
         if value is not None:
-            shown = " ".join(value) if isinstance(value, list) else value
-            given = f"--{name.replace('_', '-')}{'' if value is True else f' {shown}'}"
-            raise ValueError(f"{given}: model.kind is {kind}, this option is for other models")
+            raise ValueError(f"{_given(name, value)}: model.kind is {kind}, this option is for other models")
+
+
+def _check_use(metrics: Sequence[str], ood: Sequence[str] | None, **options) -> None:
+    """Raises ValueError for the first option that an evaluation of an image model has no use for."""
+    for name, value in options.items():
+        users = (*COMPARED, "lpips") if name == "weights" else COMPARED
+        of_ood = name in ("own", "out")
+        if value is not None and not (ood if of_ood else not ood and set(metrics) & set(users)):
+            use = "--ood" if of_ood else f"--metrics {' '.join(users)}"
+            raise ValueError(f"{_given(name, value)}: this option is for {use}")
+
+
+def _given(name: str, value: object) -> str:
+    """The option as it was typed."""
+    shown = " ".join(value) if isinstance(value, list) else value
+    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {shown}")
 
 
 def _named(paths: Sequence[str]) -> dict[str, str]:

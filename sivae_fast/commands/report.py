@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from sivae_fast.commands.arguments import named, positive
 from sivae_fast.commands.charts import Series, line_chart, number
 from sivae_fast.files import write_text
 from sivae_fast.progress import duration
@@ -50,8 +51,10 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None, pict
     """Writes the page of a run folder, `report.html` in it unless `out` is given, and returns its path.
 
     pictures: how many of the sample grids are shown, the last one large. Nothing on the page is loaded from
-    elsewhere. Raises FileNotFoundError for what is no run folder.
+    elsewhere. Raises FileNotFoundError for what is no run folder, ValueError for a name that is not .html.
     """
+    positive(pictures=pictures)
+    out = named(out, ".html", ".htm") if out else Path(folder) / "report.html"
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no run.json")
@@ -67,7 +70,6 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None, pict
         _section("Configuration", _config(folder)),
     ]
     page = PAGE.replace("$title", escape(folder.resolve().name)).replace("$style", STYLE)
-    out = Path(out) if out else folder / "report.html"
     write_text(out, page.replace("$body", "\n".join(sections)))
     return out
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sivae_fast.commands.pictures import named, positive
+from sivae_fast.commands.arguments import named, positive
 from sivae_fast.evaluation.translation import draw_translations
 from sivae_fast.inference import Inference
 from sivae_fast.trained import check_kind

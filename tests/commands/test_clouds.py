@@ -12,7 +12,7 @@ from PIL import Image
 import sivae_fast
 from sivae_fast.checkpoint import load
 from sivae_fast.cli import main
-from sivae_fast.commands.clouds import along
+from sivae_fast.commands.clouds import along, reconstruct
 from sivae_fast.data.ply import read_ply, write_ply
 from sivae_fast.data.pointclouds import load_clouds
 from sivae_fast.evaluation import pointcloud
@@ -266,3 +266,9 @@ def test_clouds_that_do_not_fit_are_named_with_what_is_accepted(runs):
         run.decode(torch.zeros(2, 5))
     with pytest.raises(ValueError, match="count is 0"):
         run.sample(0)
+
+
+def test_a_count_also_limits_the_clouds_of_files(run, runs, tmp_path):
+    for count, expected in ((2, 2), (None, 60)):
+        reconstruct(run, tmp_path / "r.npy", [runs.clouds.parent / "clouds.npy"], count=count)
+        assert len(np.load(tmp_path / "r.npy")) == expected

@@ -24,12 +24,29 @@ def test_options_are_named_as_they_were_typed(runs, tmp_path, capsys):
         (["sample", model, out, "--batch-norm", "x"], "--batch-norm is 'x', must be one of running"),
         (["sample", model, out, "--truncation", "0.5"], "--truncation=0.5: this model is of kind residual"),
         (["mix", str(runs.style), out, "--layers", "2-99"], "--layers is '2-99': this model has layers 0 to"),
+        (
+            ["interpolate", str(runs.residual), out, "--space", "w"],
+            "--space=w: this model is of kind residual",
+        ),
+        (
+            ["report", model, f"--out={tmp_path / 'r.pdf'}"],
+            f"{tmp_path / 'r.pdf'}: a name ending in .html or",
+        ),
+        (["report", model, "--pictures", "0"], "--pictures is 0, must be at least 1"),
+        (["card", str(runs.colour / "000.png")], "000.png cannot be read as .safetensors"),
         (["pull", "name"], "repo_id is 'name', must be owner/name"),
         (["convert", "a", str(tmp_path / "b"), "--raw"], f"{tmp_path / 'b'}: a snapshot is a file that ends"),
     ]:
         assert main(arguments) == 1
         assert capsys.readouterr().err.startswith(f"error: {message}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "x", str(2**62)])
+def test_seeds_that_no_generator_takes_are_refused(runs, seed, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", str(runs.style), "--seed", seed])
+    assert f"argument --seed: {seed} is no whole number from 0 to 2^62 - 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -61,8 +78,12 @@ def test_help_loads_no_pytorch():
 
 def test_missing_folders_are_made_by_all_commands(runs, tmp_path, capsys):
     run = str(runs.style)
-    for number, arguments in enumerate((["sample", run, "--count", "1"], ["report", run], ["card", run])):
-        path = tmp_path / str(number) / "new" / "out.png"
+    for name, *arguments in (
+        ["a.png", "sample", run, "--count", "1"],
+        ["b.html", "report", run],
+        ["c", "card", run],
+    ):
+        path = tmp_path / name / "new" / name
         assert main([*arguments, "--out", str(path)]) == 0
         assert path.is_file() and capsys.readouterr().out == f"{path}\n"
 

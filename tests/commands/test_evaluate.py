@@ -124,6 +124,11 @@ def test_the_command_passes_them_on(runs, tmp_path, capsys):
         ([*ood, "--variance", "inf"], "variance is inf, must be positive and finite"),
         ([*ood, "--proposal", "prior"], "proposal is 'prior', must be one of posterior, published"),
         (["--metrics", "mse", "--samples", "9"], "--samples is for --ood and for --metrics log_likelihood"),
+        (["--metrics", "mse", "--features", "random"], "--features random: this option is for --metrics fid"),
+        (["--metrics", "mse", "ssim", "--weights", "w"], "--weights w: this option is for --metrics fid kid"),
+        (["--metrics", "mse", "--own", str(runs.grey)], f"--own {runs.grey}: this option is for --ood"),
+        (["--metrics", "mse", "--out", "o"], "--out o: this option is for --ood"),
+        ([*ood, "--features", "random"], "--features random: this option is for --metrics fid"),
         ([*ood, "--metrics", "mse"], "--ood and --metrics are two evaluations"),
         ([*ood, "--batch-norm", "batch"], "--batch-norm is 'batch'"),
     ]:

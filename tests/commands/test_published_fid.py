@@ -73,8 +73,8 @@ def test_the_command_takes_them_for_fid_and_its_kin_alone(runs, capsys):
     record = json.loads(capsys.readouterr().out)["fid"]
     assert (record["mirrored"], record["rounded"]) == (True, "down")
     assert read_metrics(runs.style)["fid"][-1] == record
-    only = "is for --metrics fid kid precision recall density coverage"
-    assert f"--mirror {only}" in told(runs.style, "--metrics", "mse", "--mirror")
-    assert f"--round-down {only}" in told(runs.style, "--ood", str(runs.colour), "--round-down")
+    only = "this option is for --metrics fid kid precision recall density coverage"
+    assert f"--mirror: {only}" in told(runs.style, "--metrics", "mse", "--mirror")
+    assert f"--round-down: {only}" in told(runs.style, "--ood", str(runs.colour), "--round-down")
     for model in (runs.clouds, runs.density, runs.translation):
         assert "--round-down: model.kind is" in told(model, "--round-down")
