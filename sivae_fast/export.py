@@ -71,7 +71,10 @@ def export(
     with filling(dest):  # what cannot be written is told before the work
         pass
     model = load(source, averaged=averaged).requires_grad_(False)
-    options = {"noise": noise} if model.config.model.kind == "style" else {}
+    kind = model.config.model.kind
+    if noise != "none" and kind != "style":
+        raise ValueError(f"noise={noise}: this model is of kind {kind}, noise needs style")
+    options = {"noise": noise} if kind == "style" else {}
     networks = {
         "encoder": (
             _Encode(model),

@@ -137,8 +137,9 @@ class Inference(Trained):
             yield self.to_pixels(x, round_down)
 
     def calibration_batches(self) -> Iterator[Tensor]:
-        pictures = self.training_images(CALIBRATION * self.batch)
-        return (self.to_input(part) for part in pictures.split(self.batch) if len(part) > 1)
+        pictures = self.training_images(CALIBRATION * self.calibration_size)
+        parts = pictures.split(self.calibration_size)
+        return (self.to_input(part) for part in parts if len(part) > 1)
 
     def own_images(self, count: int, seed: int = 0) -> Tensor:
         """At most `count` images of the run's data, uint8 [n, C, R, R]: the first ones that it was trained on

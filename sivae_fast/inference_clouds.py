@@ -57,8 +57,8 @@ class CloudInference(Trained):
         return self.decode(self.encode(clouds))
 
     def calibration_batches(self) -> Iterator[Tensor]:
-        clouds = self.clouds("train")[: CALIBRATION * self.batch]
-        return (part.to(self.device) for part in clouds.split(self.batch))
+        clouds = self.clouds("train")[: CALIBRATION * self.calibration_size]
+        return (part.to(self.device) for part in clouds.split(self.calibration_size))
 
     def clouds(self, split: str) -> Tensor:
         """One split of the run's data [n, points, 3]. Raises ValueError where they are not there any more."""

@@ -91,6 +91,11 @@ class Trained:
         """Of what the model makes, by the name of its unit."""
         raise NotImplementedError
 
+    @property
+    def calibration_size(self) -> int:
+        """Items of a batch that batch norm is recalibrated with: one alone has no variance across items."""
+        return max(2, self.batch)
+
     def calibration_batches(self) -> Iterable[Tensor]:
         """Batches of training data as the model takes them, for the encoder's batch norm."""
         raise NotImplementedError
@@ -150,13 +155,19 @@ class Trained:
 
     def _calibrate_encoder(self) -> None:
         if not self._encoder_is_ready:
+            if not batchnorm.recalibrate_encoder(self.model, self.calibration_batches()):
+                raise ValueError(
+                    "batch_norm is 'recalibrated', which needs 2 items of training data: give more, or "
+                    "'running' or 'batch'"
+                )
             self._encoder_is_ready = True
-            batchnorm.recalibrate_encoder(self.model, self.calibration_batches())
 
     def _calibrate_decoder(self) -> None:
         if not self._decoder_is_ready:
             self._decoder_is_ready = True
-            latents = batchnorm.prior_batches(self.model, CALIBRATION, self.batch, device=self.device)
+            latents = batchnorm.prior_batches(
+                self.model, CALIBRATION, self.calibration_size, device=self.device
+            )
             batchnorm.recalibrate_decoder(self.model, latents)
 
     def _where_the_data_are(self) -> str | os.PathLike | None:

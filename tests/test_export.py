@@ -31,7 +31,9 @@ MODELS = {
 
 def snapshot(path, settings) -> str:
     error = {"reconstruction": "chamfer" if settings["kind"] == "pointnet" else "sse"}
-    config = make_config({"model": settings, "objective": error})
+    data = {"pointnet": {"kind": "pointclouds", "points": 12}, "mlp": {"kind": "density"}}
+    data = data.get(settings["kind"], {"kind": "images"})
+    config = make_config({"model": settings, "objective": error, "data": data})
     model = make_model(config)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -133,6 +135,8 @@ def test_wrong_options_and_missing_packages_are_named(tmp_path, monkeypatch):
         export(source, tmp_path, format="tflite")
     with pytest.raises(ValueError, match="noise is 'sample', must be one of none, bump"):
         export(source, tmp_path, noise="sample")
+    with pytest.raises(ValueError, match="noise=bump: this model is of kind mlp, noise needs style"):
+        export(source, tmp_path, noise="bump")
     real = builtins.__import__
 
     def without_onnx(name, *args, **kwargs):

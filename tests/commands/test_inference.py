@@ -1,4 +1,5 @@
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,21 @@ def test_the_examples_of_the_guides_run(runs, tmp_path, monkeypatch, guide):
     exec(compile(example, guide, "exec"), scope)
     assert scope["images"].shape == scope["again"].shape
     assert scope["again"].dtype == (torch.float32 if guide == "README.md" else torch.uint8)
+
+
+def test_batches_of_one_recalibrate_too(runs, tmp_path):
+    encoded = []
+    for options in ({"batch": 1}, {"batch": 2}, {"batch": 1, "batch_norm": "running"}):
+        run = load(runs.residual, **options)
+        encoded.append(run.encode(run.read([runs.grey], 5)))
+    torch.testing.assert_close(encoded[0], encoded[1])
+    assert not torch.allclose(encoded[0], encoded[2])
+    (tmp_path / "one").mkdir()
+    shutil.copy(runs.grey / "000.png", tmp_path / "one")
+    run = load(runs.residual, data=tmp_path / "one")
+    for _ in range(2):  # also when asked again
+        with pytest.raises(ValueError, match="batch_norm is 'recalibrated', which needs 2 items of tr"):
+            run.encode(run.read([runs.grey], 1))
 
 
 @pytest.mark.gpu
