@@ -17,6 +17,9 @@ from torch import Tensor
 from ._batch import rows
 from ._launch import MapShape, on_device
 
+#: Numbers that shape no access: other values of theirs are no reason to compile a kernel again.
+_COUNTS = ("samples", "chunks")
+
 
 @triton.jit
 def _before(x, noise, weight, bias, at, pixels, inside, left):
@@ -105,7 +108,7 @@ def _merged(slots, channels, known, c, n, span, chunks, BLOCK_P: tl.constexpr, B
     return _settled(base, tl.sum(total, 0), tl.sum(squares, 0), n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def moments_kernel(
     x,  # map in [B, C, n]
     noise,  # [B or 1, n] or None
@@ -134,7 +137,7 @@ def moments_kernel(
     tl.store(slots + c, squares, known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def normalize_kernel(
     x, noise, weight, bias,
     style,  # [B, 2C], scales then shifts, or None
@@ -205,7 +208,7 @@ def _gradient_sums(
     return tl.sum(total, 0), tl.sum(product, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def gradient_sums_kernel(
     x, noise, weight, bias, kept,
     by_y,  # map, x's strides within a sample
@@ -248,7 +251,7 @@ def _added(slots, channels, known, c, chunks, BLOCK_P: tl.constexpr, BLOCK_C: tl
     return tl.sum(total, 0), tl.sum(product, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def gradient_kernel(
     x, noise, weight, bias, style, kept,
     by_y,  # map, or None

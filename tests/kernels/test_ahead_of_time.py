@@ -248,3 +248,9 @@ def test_style_chains_of_odd_maps(compiled):
     target, launches = compiled(lambda: style_launches(torch.bfloat16, (2, 5, 37, 41)))
     if target != "gfx942":  # scalar registers spill there; maps of the model have channels by the dozen
         within_budget((target, launches))
+
+
+def test_other_batches_and_larger_maps_take_the_same_kernels(compiled):
+    shapes = ((8, 64, 64, 64), (16, 64, 64, 64), (3, 64, 128, 128))
+    _, launches = compiled(lambda: [style_launches(torch.bfloat16, shape) for shape in shapes])
+    assert len(launches) == 12 and len({(name, artifact.hash) for name, artifact in launches}) == 4
