@@ -1,6 +1,7 @@
 """Trains any system: deepspeed launch/train.py --config launch/configs/ffhq256.yaml data.path=ffhq256.zip
 
-Also under torchrun and plain python. The same command resumes. `--dry-run` prints the resolved configuration.
+Also under torchrun and plain python. The same command resumes. `--dry-run` finds every error that a start
+would show before it reads data, and prints the resolved configuration.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", default=str(QUICKSTART), help="YAML file (default: the quickstart)")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the configuration as a start would, print it and stop"
+    )
     parser.add_argument(
         "--finished",
         action="store_true",
@@ -48,13 +51,16 @@ def run(options: argparse.Namespace) -> int:
     from sivae_fast.training.agreement import RankFailed, RanksDiffer
     from sivae_fast.training.guard import Diverged
     from sivae_fast.training.loop import train
+    from sivae_fast.training.starting import check_start
 
     # Errors that say by themselves what to do; everything else is a defect and shows where it happened.
     expected = (Diverged, ImportError, OSError, RankFailed, RanksDiffer, RunInUse, ValueError)
     try:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
-            print(config.to_yaml(), end="")
+            if os.environ.get("RANK", "0") == "0":  # the first rank speaks for all
+                check_start(config)
+                print(config.to_yaml(), end="")
         elif options.finished:
             return 0 if finished(config) else UNFINISHED
         else:

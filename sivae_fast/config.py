@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sivae_fast.consistency import USUAL_METRICS, check_together
 from sivae_fast.explaining import explain, explain_yaml
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -224,23 +225,6 @@ class AverageConfig(Section):
     half_life: Positive | None = Field(10_000, description="images; null: no averaged copy")
 
 
-_OF_IMAGES = ("fid", "kid", "precision", "recall", "density", "coverage")
-_OF_IMAGES += ("mse", "psnr", "ssim", "lpips", "log_likelihood")
-_OF_CLOUDS = ("jsd", "mmd_chamfer", "coverage_chamfer", "mmd_emd", "coverage_emd")
-_OF_SWAPS = ("swap_mse", "swap_ssim", "swap_lpips", "mse", "ssim", "lpips")
-_OF_SWAPS += ("class_from_class_code", "content_from_class_code")
-_OF_SWAPS += ("class_from_content_code", "content_from_content_code")
-#: What can be measured while a model of that kind trains.
-METRICS = {
-    "style": _OF_IMAGES, "residual": _OF_IMAGES, "pointnet": _OF_CLOUDS, "two_encoder": _OF_SWAPS,
-}  # fmt: skip
-#: What is measured where evaluate.metrics does not say.
-USUAL_METRICS = {
-    "style": ("mse", "ssim"), "residual": ("mse", "ssim"), "pointnet": ("jsd",),
-    "two_encoder": ("swap_mse", "mse"),
-}  # fmt: skip
-
-
 class EvaluateConfig(Section):
     """Measurements while training, by the kind of model; see docs/evaluation.md."""
 
@@ -284,72 +268,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        if self.train.fresh_draws and self.train.schedule != "published":
-            raise ValueError("train.fresh_draws=true needs train.schedule=published")
-        if self.objective.kind == "introvae" and self.objective.margin is None:
-            raise ValueError("objective.margin is missing, objective.kind=introvae needs a positive number")
-        if (bounds := self.objective.logvar_clamp) and not bounds[0] < bounds[1]:
-            raise ValueError(
-                f"objective.logvar_clamp=[{bounds[0]:g},{bounds[1]:g}]: the first must be below the second"
-            )
-        if (self.objective.reconstruction == "perceptual") != (self.objective.perceptual_weights is not None):
-            raise ValueError(
-                f"objective.reconstruction={self.objective.reconstruction} and "
-                f"objective.perceptual_weights={self.objective.perceptual_weights}: perceptual needs "
-                "the file of VGG16's weights, the others have none"
-            )
-        error, kind = self.objective.reconstruction, self.model.kind
-        if (error == "chamfer") != (kind == "pointnet"):
-            raise ValueError(
-                f"objective.reconstruction={error} does not fit model.kind={kind}: pointnet needs "
-                "chamfer, which does not depend on the order of points, and no other kind has it"
-            )
-        if error == "perceptual" and getattr(self.data, "value_range", "unit") != "unit":
-            raise ValueError(
-                f"objective.reconstruction={error} needs data.value_range=unit, got {self.data.value_range}"
-            )
-        if self.growth.images_per_level and self.model.kind != "style":
-            raise ValueError(
-                f"growth.images_per_level={self.growth.images_per_level} needs model.kind=style, "
-                f"model.kind={self.model.kind} has one size"
-            )
-        if self.train.batch == "auto" and self.train.micro_batch not in (None, "auto"):
-            raise ValueError(
-                f"train.batch=auto and train.micro_batch={self.train.micro_batch} exclude each other: "
-                "the batch is what fits in one pass. Give one of them as a number, not both"
-            )
-        for name in ("recompute", "compile"):
-            if getattr(self.train, name) and self.model.kind != "style":
-                raise ValueError(
-                    f"train.{name}=true needs model.kind=style, got model.kind={self.model.kind}"
-                )
-        if self.train.recompute and self.train.compile:
-            raise ValueError("train.recompute=true and train.compile=true exclude each other: choose one")
-        if self.evaluate.every:
-            self._check_measures()
+        check_together(self)
         return self
-
-    def _check_measures(self) -> None:
-        kind, settings = self.model.kind, self.evaluate
-        if kind not in METRICS:
-            raise ValueError(
-                f"evaluate.every={settings.every} needs model.kind to be one of {', '.join(METRICS)}, "
-                f"got {kind}: null leaves it out"
-            )
-        unknown = [name for name in settings.metrics or () if name not in METRICS[kind]]
-        if unknown:
-            raise ValueError(
-                f"evaluate.metrics={', '.join(unknown)}: model.kind={kind} accepts {', '.join(METRICS[kind])}"
-            )
-        with_networks = [name for name in METRICS if "lpips" in METRICS[name]]
-        with_features = [name for name in METRICS if "fid" in METRICS[name]]
-        for option, kinds in (("features", with_features), ("weights", with_networks)):
-            value = getattr(settings, option)
-            if kind not in kinds and value != EvaluateConfig.model_fields[option].default:
-                raise ValueError(
-                    f"evaluate.{option}={value} needs model.kind to be one of {', '.join(kinds)}, "
-                    f"got {kind}: leave it out"
-                )
 
     @property
     def measured(self) -> tuple[str, ...]:

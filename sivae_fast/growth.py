@@ -97,4 +97,6 @@ def _per_level(name: str, value, levels: int) -> list:
         return [value] * levels
     if len(value) < levels:
         raise ValueError(f"{name} has {len(value)} values, the model has {levels} levels of detail")
+    if levels == 1 and len(value) > 1:
+        raise ValueError(f"{name} has {len(value)} values, a model of one size takes one")
     return list(value[:levels])

@@ -33,6 +33,14 @@ def _release_in_child() -> None:
 os.register_at_fork(after_in_child=_release_in_child)
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError for what cannot be the name of a run."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"run.name={name!r}: accepted are letters, digits, '.', '_' and '-', first a letter or digit"
+        )
+
+
 class RunInUse(RuntimeError):
     """The run folder belongs to a live process."""
 
@@ -59,8 +67,7 @@ class Run:
         `config_hash` is what `Run.find` looks for: a hash of the fields that may not change on resume.
         Raises ValueError for a name that is no plain file name, OSError where the folder cannot be made.
         """
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(f"run name {name!r}: letters, digits, '.', '_' and '-' are accepted")
+        check_name(name)
         root = Path(root)
         root.mkdir(parents=True, exist_ok=True)
         while True:

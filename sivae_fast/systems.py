@@ -18,11 +18,17 @@ from sivae_fast.growth import Schedule
 
 
 def make_model(config: Config) -> Model:
-    """The untrained model on the CPU, in float32; the same weights for the same `train.seed`."""
+    """The untrained model on the CPU, in float32; the same weights for the same `train.seed`.
+
+    Raises ConfigError for sizes that do not fit.
+    """
     settings = config.model.model_dump(exclude={"kind"})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return _model_class(config.model.kind)(**settings)
+        try:
+            return _model_class(config.model.kind)(**settings)
+        except ValueError as error:
+            raise ConfigError(f"model.{error}") from None
 
 
 def make_objective(config: Config, input_shape: tuple[int, ...]):
@@ -87,9 +93,7 @@ def make_data(config: Config, device: torch.device, *, show: bool = True):
     """The training data; `show`: this process may print progress."""
     settings = config.data
     if settings.kind == "density":
-        from sivae_fast.data.densities import Density
-
-        return Density(settings.name)
+        return _density(settings.name)
     if settings.kind == "images":
         return _images(config, device, show)
     if settings.kind == "pointclouds":
@@ -101,13 +105,20 @@ def check_batch(config: Config, batch: int) -> None:
     """Raises ConfigError for a global batch that the data cannot fill."""
     if config.data.kind != "density":
         return
-    from sivae_fast.data.densities import Density
-
-    density = Density(config.data.name)
+    density = _density(config.data.name)
     try:
         density.sample(batch)
     except ValueError as error:
         raise ConfigError(f"train.batch={batch}: {error}") from None
+
+
+def _density(name: str):
+    from sivae_fast.data.densities import Density
+
+    try:
+        return Density(name)
+    except ValueError as error:
+        raise ConfigError(f"data.name={name}: {error}") from None
 
 
 def _factors(config: Config, device: torch.device):
@@ -128,10 +139,6 @@ def _pointclouds(config: Config, device: torch.device):
     from sivae_fast.data.pointclouds import PointClouds, load_clouds
 
     settings = config.data
-    if settings.points != config.model.points:
-        raise ConfigError(
-            f"data.points={settings.points} and model.points={config.model.points} must be the same"
-        )
     clouds = load_clouds(
         settings.path, classes=settings.classes, points=settings.points, resample=settings.resample
     )

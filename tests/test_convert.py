@@ -294,7 +294,12 @@ def test_a_configuration_of_another_model_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"another model .*model\.resolution=16"):
         start_run(source, config)
     with pytest.raises(ConfigError, match=r"another model .*model\.kind=style"):
-        start_run(source, make_config({"model": {"kind": "mlp"}, "run": {"folder": str(tmp_path)}}))
+        start_run(
+            source,
+            make_config(
+                {"model": {"kind": "mlp"}, "data": {"kind": "density"}, "run": {"folder": str(tmp_path)}}
+            ),
+        )
 
 
 class Hostile:

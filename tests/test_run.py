@@ -28,7 +28,7 @@ def test_folders_are_numbered_one_above_the_highest(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", "a b", ".hidden"])
 def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="run name"):
+    with pytest.raises(ValueError, match=r"run\.name="):
         Run.create(tmp_path, name, {})
 
 

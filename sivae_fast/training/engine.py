@@ -220,20 +220,24 @@ def check_engine(kind: str, zero: int, settings: dict) -> None:
             )
 
 
+def place() -> tuple[int, int, torch.device]:
+    """(rank, world, device) of this process, under deepspeed, torchrun or plain python."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not torch.cuda.is_available():
+        return rank, world, torch.device("cpu")
+    return rank, world, torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
 @contextmanager
 def distributed(kind: str, timeout: int) -> Iterator[tuple[int, int, torch.device]]:
-    """(rank, world, device) of this process, under deepspeed, torchrun or plain python.
+    """`place` of this process, in a process group where there are several.
 
     timeout: seconds after which a rank that waits for another one gives up. Raises RankFailed for that, and
     where another rank is lost.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local)
-        device = torch.device("cuda", local)
-    else:
-        device = torch.device("cpu")
+    rank, world, device = place()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     limit, failed = timedelta(seconds=timeout), True
     try:
         with reasons_shared(rank, timeout):

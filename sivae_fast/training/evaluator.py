@@ -13,7 +13,7 @@ from torch import Tensor
 from sivae_fast.config import Config, ConfigError
 from sivae_fast.contract import Model
 from sivae_fast.evaluation import fid
-from sivae_fast.evaluation.features import load_features
+from sivae_fast.evaluation.features import Features, load_features
 from sivae_fast.evaluation.reconstruction import load_lpips
 from sivae_fast.evaluation.sharing import ranks
 from sivae_fast.growth import Stage
@@ -62,14 +62,8 @@ class ImageMeasures:
     """The measures of style and residual models."""
 
     def __init__(self, config: Config, model: Model):
-        self._config, self._features = config, None
         settings, run = config.evaluate, Inference(model, config, 0, show=False)
-        with _refusing(config, "metrics"):
-            if set(config.measured) & set(fid.METRICS):
-                self._features = load_features(settings.features, settings.weights, run.device)
-            if "lpips" in config.measured:
-                load_lpips(settings.weights, run.device)
-        _check_ssim(config)
+        self._config, self._features = config, self.needs(config, run.device)
         with _refusing(config, "data"):
             reals = RealImages(run, settings.data, settings.images)
         fewest = max(FEWEST, ranks())  # an image for each of them
@@ -79,6 +73,18 @@ class ImageMeasures:
                 f"evaluate.{option}={getattr(settings, option) or 'null'}: {fewest} images are needed, "
                 f"{reals.set.path} gives {len(reals)}"
             )
+
+    @staticmethod
+    def needs(config: Config, device: torch.device) -> Features | None:
+        """The feature network, where one is needed; raises ConfigError where something is missing for it."""
+        settings, features = config.evaluate, None
+        with _refusing(config, "metrics"):
+            if set(config.measured) & set(fid.METRICS):
+                features = load_features(settings.features, settings.weights, device)
+            if "lpips" in config.measured:
+                load_lpips(settings.weights, device)
+        _check_ssim(config)
+        return features
 
     def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
         """A record a metric of `model` after so many images. A collective call."""
@@ -105,12 +111,17 @@ class CloudMeasures:
 
     def __init__(self, config: Config, model: Model):
         self._config = config
-        with _refusing(config, "metrics"):
-            check_packages(config.measured)
+        self.needs(config)
         with _refusing(config, "data"):
             run = CloudInference(model, config, 0, data=config.evaluate.data, show=False)
             self._split = "test" if config.evaluate.data else "validation"
             self._clouds = run.clouds(self._split)
+
+    @staticmethod
+    def needs(config: Config, device: torch.device | None = None) -> None:
+        """Raises ConfigError where a package is missing."""
+        with _refusing(config, "metrics"):
+            check_packages(config.measured)
 
     def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
         """A record a metric of `model` after so many images. A collective call."""
@@ -126,15 +137,20 @@ class TranslationMeasures:
     def __init__(self, config: Config, model: Model):
         self._config, settings = config, config.evaluate
         run = Inference(model, config, 0, data=settings.data, show=False)
-        with _refusing(config, "metrics"):
-            error_functions(errors_of(config.measured), settings.weights, run.device)
-        _check_ssim(config)
+        self.needs(config, run.device)
         with _refusing(config, "data"):
             self._factors = run.factors()
             swaps = Swaps(run, self._factors, settings.images, config.train.seed)
             self._metrics = swaps.known(config.measured)
             if not self._metrics:
                 raise ValueError(f"the set tells none of {', '.join(config.measured)}")
+
+    @staticmethod
+    def needs(config: Config, device: torch.device) -> None:
+        """Raises ConfigError where a package or a network's weights are missing."""
+        with _refusing(config, "metrics"):
+            error_functions(errors_of(config.measured), config.evaluate.weights, device)
+        _check_ssim(config)
 
     def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
         """A record a metric of `model` after so many images. A collective call."""

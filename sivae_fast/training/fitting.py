@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sivae_fast.config import Config, ConfigError, load_config
+from sivae_fast.contract import Model
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.growth import Stage
 from sivae_fast.run import Run
@@ -18,7 +19,7 @@ from sivae_fast.training.agreement import everywhere, of_first_rank, on_all_rank
 from sivae_fast.training.compiling import forget_compiled
 from sivae_fast.training.engine import bucket_bytes
 from sivae_fast.training.iteration import Iteration, check_batches
-from sivae_fast.training.memory import free_memory, limited, ran_out
+from sivae_fast.training.memory import check_fills, free_memory, limited, ran_out
 
 logger = logging.getLogger("sivae_fast")
 
@@ -40,7 +41,7 @@ def fitted(
         config = _with(config, batch=kept or "auto")
     schedule = make_schedule(config)
     check_batches(config, schedule, world)
-    asked = [name for name in ("batch", "micro_batch") if getattr(config.train, name) == "auto"]
+    asked = _asked(config)
     if not asked:
         return config
     reserved = bucket_bytes(config.engine.deepspeed) if kind == "deepspeed" and zero else 0
@@ -97,7 +98,7 @@ class Rehearsal(Iteration):
 def _fit(config: Config, stage: Stage, data, rank: int, world: int, device: torch.device) -> Stage:
     """The stage with numbers in place of what is to be found."""
     rehearsal = on_all_ranks(lambda: Rehearsal(config, data, rank, world, device))
-    _check_passes(config, rehearsal.model.uses_batch_statistics)
+    _check_passes(config, rehearsal.model)
     if stage.blend < 1:
         stage = replace(stage, blend=0.5)  # two levels at once take the most
     local = _batch(rehearsal, stage, len(data)) if stage.batch == "auto" else _micro_batch(rehearsal, stage)
@@ -135,9 +136,23 @@ def _micro_batch(rehearsal: Rehearsal, stage: Stage) -> int | None:
     return next((n for n in sizes if rehearsal.fits(replace(stage, micro_batch=n))), None)
 
 
-def _check_passes(config: Config, batch_statistics: bool) -> None:
+def check_fitting(config: Config, model: Model, device: torch.device) -> None:
+    """Raises ConfigError where `fitted` would, before its search, on the only rank or the first."""
+    batch = _batch_of_run(config) if config.train.batch == "auto" else None
+    asked = _asked(_with(config, batch=batch) if batch else config)
+    if asked:
+        check_fills(device, f"train.{asked[0]}=auto")
+        _check_passes(config, model)
+
+
+def _asked(config: Config) -> list[str]:
+    """The options whose numbers are still to be found."""
+    return [name for name in ("batch", "micro_batch") if getattr(config.train, name) == "auto"]
+
+
+def _check_passes(config: Config, model: Model) -> None:
     hinge = config.objective.kind == "introvae" and config.objective.hinge == "batch"
-    if config.train.micro_batch == "auto" and (batch_statistics or hinge):
+    if config.train.micro_batch == "auto" and (model.uses_batch_statistics or hinge):
         cause = "objective.hinge=batch" if hinge else f"batch statistics (model.kind={config.model.kind})"
         raise ConfigError(
             f"train.micro_batch=auto: with {cause} the size of a pass is part of the result and must not "

@@ -29,14 +29,19 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_TRIM_THRESHOLD, 1 << 30))
 
 
+def check_fills(gpu: torch.device, option: str) -> None:
+    """Raises ConfigError, naming the option that asks for a GPU's memory, where the device is a CPU."""
+    if gpu.type != "cuda":
+        raise ConfigError(f"{option} fills the memory of a GPU, this run is on a CPU: give a number")
+
+
 @contextmanager
 def limited(gpu: torch.device, option: str, share: float, reserved: int = 0) -> Iterator[None]:
     """PyTorch runs out of memory at this share of what is free on the GPU now, less `reserved` bytes.
 
     Raises ConfigError, naming the option that asks for it, where the device is a CPU.
     """
-    if gpu.type != "cuda":
-        raise ConfigError(f"{option} fills the memory of a GPU, this run is on a CPU: give a number")
+    check_fills(gpu, option)
     free, total = torch.cuda.mem_get_info(gpu)
     usable = share * (free + torch.cuda.memory_reserved(gpu)) - reserved
     before = torch.cuda.get_per_process_memory_fraction(gpu)

@@ -20,6 +20,7 @@ from collections import defaultdict
 
 import torch
 
+from sivae_fast.config import ConfigError
 from sivae_fast.contract import Model
 
 IMPLEMENTATIONS = ("torch", "deepspeed", "apex")
@@ -55,7 +56,7 @@ def make_optimizer(
     """Adam over `groups`. published_eps: eps is added to the uncorrected root (module docstring).
 
     on_device: `DeviceAdam`, for captured graphs; PyTorch's implementation only.
-    Raises RuntimeError when an implementation cannot be constructed here; it says what to use instead.
+    Raises ConfigError when an implementation cannot be constructed here; it says what to use instead.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"optim.implementation is {implementation!r}, must be one of {IMPLEMENTATIONS}")
@@ -179,18 +180,18 @@ def _construct(implementation: str, groups: list[dict], common: dict) -> torch.o
     module = {"deepspeed": "deepspeed.ops.adam", "apex": "apex.optimizers"}[implementation]
     device = groups[0]["params"][0].device
     if device.type != "cuda":
-        raise RuntimeError(
+        raise ConfigError(
             f"optim.implementation={implementation} needs a GPU, parameters are on {device}: use torch"
         )
     try:
         fused = importlib.import_module(module).FusedAdam
         optimizer = fused(groups, adam_w_mode=False, **common)
     except Exception as error:
-        raise RuntimeError(
+        raise ConfigError(
             f"optim.implementation={implementation} cannot be used here ({error}): use torch"
         ) from error
     if not follows_torch(fused, device):
-        raise RuntimeError(
+        raise ConfigError(
             f"optim.implementation={implementation} differs from PyTorch's Adam here: use torch"
         )
     return optimizer

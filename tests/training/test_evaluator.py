@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import sivae_fast
-from sivae_fast import config, measure, measure_clouds, measure_translation
+from sivae_fast import consistency, measure, measure_clouds, measure_translation
 from sivae_fast.checkpoint import load_newest
 from sivae_fast.commands.report import report
 from sivae_fast.config import ConfigError, make_config
@@ -223,8 +223,8 @@ def test_the_configuration_knows_every_metric():
     for kind, module in {
         "style": measure, "residual": measure, "pointnet": measure_clouds, "two_encoder": measure_translation,
     }.items():  # fmt: skip
-        assert config.METRICS[kind] == module.METRICS
-        assert set(config.USUAL_METRICS[kind]) <= set(module.METRICS)
+        assert consistency.METRICS[kind] == module.METRICS
+        assert set(consistency.USUAL_METRICS[kind]) <= set(module.METRICS)
 
 
 def test_no_path_of_this_machine_leaves_it(tmp_path, pictures):

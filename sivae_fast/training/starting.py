@@ -1,0 +1,47 @@
+"""Whether a run would start: what can be said before its data is read."""
+
+from __future__ import annotations
+
+import torch
+
+from sivae_fast.config import Config, ConfigError
+from sivae_fast.run import check_name
+from sivae_fast.systems import error_function, make_model, make_schedule
+from sivae_fast.training.engine import place
+from sivae_fast.training.evaluator import MEASURES
+from sivae_fast.training.fitting import check_fitting
+from sivae_fast.training.graphs import check_graphs
+from sivae_fast.training.iteration import check_batches
+from sivae_fast.training.loop import engine_kind
+from sivae_fast.training.optim import make_optimizer
+
+
+def check_start(config: Config) -> None:
+    """Raises the error with which `train` would end here before it reads any data.
+
+    Batches are held against the ranks of the launcher, one without a launcher.
+    """
+    _, world, device = place()
+    kind, _ = engine_kind(config)
+    check_graphs(config, kind, world, device)
+    check_batches(config, make_schedule(config), world)
+    with torch.device("meta"):  # shapes alone
+        model = make_model(config)
+    check_fitting(config, model, device)
+    error_function(config)
+    weight = torch.zeros(1, device=device, requires_grad=True)
+    make_optimizer([{"params": [weight], "factor": 1.0}], implementation=config.optim.implementation)
+    _check_loader(config, device)
+    if config.evaluate.every:
+        MEASURES[config.model.kind].needs(config, device)
+    check_name(config.run.name)
+
+
+def _check_loader(config: Config, device: torch.device) -> None:
+    if config.data.kind == "images" and config.data.loader == "dali":
+        from sivae_fast.data.loader import choose_loader
+
+        try:
+            choose_loader("dali", device)
+        except ValueError as error:
+            raise ConfigError(f"data.{error}") from None
