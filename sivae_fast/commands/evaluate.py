@@ -46,15 +46,8 @@ def evaluate(
     if folder and not (ood and out):
         _check_keeps(folder)
     kind = load(model).config.model.kind
-    of_images = {"features": features, "own": own, "out": out, **protocol}
-    if kind in ("style", "residual"):
-        _check_use(metrics or ["fid"], ood, weights=weights, **of_images)
-    else:
-        _refuse(kind, ood=ood, **of_images)
-    if kind in ("mlp", "pointnet"):
-        _refuse(kind, weights=weights)
+    _check_fit(kind, metrics, ood, weights, {"features": features, "own": own, "out": out, **protocol})
     if kind == "mlp":
-        _refuse(kind, metrics=metrics)
         return _density(model, raw, seed, folder, **options)
     run = open_run(model, averaged=not raw, **options)
     if isinstance(run, CloudInference):
@@ -80,6 +73,17 @@ def _check_keeps(folder: Path) -> None:
                 f"{path} cannot be written, and a run folder keeps the results: give a snapshot or "
                 "checkpoint in it, which only prints them"
             )
+
+
+def _check_fit(kind: str, metrics, ood, weights, of_images: dict) -> None:
+    """Raises ValueError for options that are of no use for this kind of model and these metrics."""
+    if kind in ("style", "residual"):
+        return _check_use(metrics or ["fid"], ood, weights=weights, **of_images)
+    _refuse(kind, ood=ood, **of_images)
+    if kind in ("mlp", "pointnet"):
+        _refuse(kind, weights=weights)
+    if kind == "mlp":
+        _refuse(kind, metrics=metrics)
 
 
 def _refuse(kind: str, **options) -> None:
