@@ -99,7 +99,7 @@ class ObjectiveConfig(Section):
     """What encoder and decoder minimise; see docs/losses.md."""
 
     kind: Literal["vae", "introvae", "soft_introvae"] = "soft_introvae"
-    reconstruction: Literal["sse", "l1", "huber", "bce", "bce_logits", "chamfer", "perceptual"] = "sse"
+    reconstruction: Literal["sse", "l1", "huber", "chamfer", "perceptual"] = "sse"
     huber_delta: Positive = Field(1.0, description="where the Huber error turns from quadratic to linear")
     perceptual_weights: str | None = Field(None, description="file with the weights of torchvision's VGG16")
     beta_rec: NotNegative = 1.0

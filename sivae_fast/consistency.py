@@ -64,6 +64,12 @@ def _check_objective(config: Config) -> None:
             "model.lagged_decoder=true needs objective.kind=soft_introvae, "
             f"objective.kind={objective.kind} reconstructs no fakes"
         )
+    for name, owner in (("margin", "introvae"), ("gamma_r", "soft_introvae")):
+        value = getattr(objective, name)
+        if value is not None and objective.kind != owner:
+            raise ValueError(
+                f"objective.{name}={value:g} needs objective.kind={owner}, got {objective.kind}: leave it out"
+            )
     if (bounds := objective.logvar_clamp) and not bounds[0] < bounds[1]:
         raise ValueError(
             f"objective.logvar_clamp=[{bounds[0]:g},{bounds[1]:g}]: the first must be below the second"

@@ -124,9 +124,47 @@ def test_wrong_bounds_are_named(setting, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "vae", "beta_rec": 0.5, "beta_kl": 2.0},
+        {"kind": "introvae", "beta_rec": 0.5, "beta_kl": 2.0, "beta_neg": 3.0, "margin": 5.0},
+        {"kind": "soft_introvae", "beta_neg": 3.0, "scale": 0.1, "alpha": 1.5, "gamma_r": 0.25},
+    ],
+    ids=lambda settings: settings["kind"],
+)
+def test_every_weight_reaches_the_objective(settings):
+    overrides = [f"objective.{key}={value}" for key, value in settings.items()]
+    objective = make_objective(load("cifar10", *overrides), (3, 32, 32))
+    kind = settings.pop("kind")
+    assert type(objective).__name__.lower() == kind.replace("_", "")
+    assert {key: getattr(objective, key) for key in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["margin=10"], "objective.margin=10 needs objective.kind=introvae, got soft_introvae: leave it out"),
+        (
+            ["kind=introvae", "margin=10", "gamma_r=0.5"],
+            "objective.gamma_r=0.5 needs objective.kind=soft_introvae, got introvae: leave it out",
+        ),
+        (
+            ["reconstruction=bce"],
+            "objective.reconstruction='bce': input should be 'sse', 'l1', 'huber', 'chamfer' or 'perceptual'",
+        ),
+    ],
+)
+def test_weights_that_would_do_nothing_are_refused(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load("cifar10", *(f"objective.{override}" for override in overrides))
+    assert str(caught.value) == message
+
+
 @pytest.mark.parametrize("kind", ["vae", "introvae", "soft_introvae"])
 def test_bounds_reach_the_objective(kind):
-    own = ["objective.huber_delta=0.5", "objective.logvar_clamp=[-20,20]", "objective.margin=5"]
+    own = ["objective.huber_delta=0.5", "objective.logvar_clamp=[-20,20]"]
+    own += ["objective.margin=5"] if kind == "introvae" else []
     objective = make_objective(load("cifar10", f"objective.kind={kind}", *own), (3, 32, 32))
     assert (objective.huber_delta, objective.logvar_clamp) == (0.5, (-20.0, 20.0))
 
