@@ -119,8 +119,8 @@ def test_snapshot_rebuilds_its_model(tmp_path, config):
         ({"path": "/home/somebody/ffhq.zip", "value_range": "unit"}, None),
         ({"path": "quickstart", "value_range": "unit"}, "quickstart"),
         # null would mean the made set
-        ({"kind": "pointclouds", "path": "/home/somebody/shapenet"}, "shapenet"),
-        ({"kind": "pointclouds"}, None),
+        ({"kind": "factors", "path": "/home/somebody/cars3d"}, "cars3d"),
+        ({"kind": "factors"}, None),
     ],
 )
 def test_paths_stay_in_the_run_folder(tmp_path, data, expected):
