@@ -68,7 +68,8 @@ def _check_objective(config: Config) -> None:
         value = getattr(objective, name)
         if value is not None and objective.kind != owner:
             raise ValueError(
-                f"objective.{name}={value:g} needs objective.kind={owner}, got {objective.kind}: leave it out"
+                f"objective.{name}={value:g} needs objective.kind={owner}, got {objective.kind}: "
+                "null leaves it out"
             )
     if (bounds := objective.logvar_clamp) and not bounds[0] < bounds[1]:
         raise ValueError(

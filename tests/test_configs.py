@@ -144,10 +144,13 @@ def test_every_weight_reaches_the_objective(settings):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["margin=10"], "objective.margin=10 needs objective.kind=introvae, got soft_introvae: leave it out"),
+        (
+            ["margin=10"],
+            "objective.margin=10 needs objective.kind=introvae, got soft_introvae: null leaves it out",
+        ),
         (
             ["kind=introvae", "margin=10", "gamma_r=0.5"],
-            "objective.gamma_r=0.5 needs objective.kind=soft_introvae, got introvae: leave it out",
+            "objective.gamma_r=0.5 needs objective.kind=soft_introvae, got introvae: null leaves it out",
         ),
         (
             ["reconstruction=bce"],
