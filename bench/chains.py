@@ -13,16 +13,14 @@ CPU the operator is the plain chain and has no rows of its own. Writes chains-<d
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import Captured, copy_bandwidth, machine, rounds, second_level_cache, wall
+from measure import Captured, copy_bandwidth, machine, reason, rounds, save, second_level_cache, wall
 from torch import Tensor
 
 from sivae_fast.config import load_config
-from sivae_fast.files import write_text
 from sivae_fast.kernels.style import activate_normalize, reference
 
 RESULTS = Path(__file__).parent / "results"
@@ -140,7 +138,11 @@ def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> l
     base = {"chain": kind, "batch": batch, "channels": channels, "side": side}
     rows, sound = [], {}
     for name, run in providers(device).items():
-        errors = misses(run, case, exact)
+        try:
+            errors = misses(run, case, exact)
+        except Exception as error:
+            rows.append({**base, "provider": name, "refused": reason(error)})
+            continue
         limits = (LIMITS if name == "fused" else OF_PLAIN)[dtype]
         known = dict(zip(("error", "gradient_error"), errors, strict=True))
         if all(error <= limit for error, limit in zip(errors, limits, strict=True)):  # NaN is refused, too
@@ -179,7 +181,7 @@ def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> l
 
 def table(rows: list[dict]) -> str:
     clock = "gpu_ms" if any("gpu_ms" in row for row in rows) else "wall_ms"
-    names = list(dict.fromkeys(row["provider"] for row in rows))
+    names = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "all"))
     lines = [f"| chain | map | batch | direction | {' | '.join(f'{name}, ms' for name in names)} |"]
     lines.append("|---" * (4 + len(names)) + "|")
     cases: dict[tuple, dict[str, float]] = {}
@@ -210,24 +212,25 @@ def main(arguments: list[str] | None = None) -> None:
     bandwidth = copy_bandwidth() if device == "cuda" else None
     largest = 256 if device == "cuda" else 64
     known, rows = machine(device), []
-    for channels, side in sizes(options.config):
-        if side not in (options.sides or range(largest + 1)):
-            continue
-        for batch in options.batches or ([8, 16, 32] if device == "cuda" else [2]):
-            for kind in CHAINS:
-                rows += measure(kind, batch, channels, side, dtype, device, options.seconds, bandwidth)
-            print(f"{channels} x {side}x{side}, batch {batch}", flush=True)
-    result = {
-        **known,
+    known |= {
         "config": Path(options.config).stem,
         "dtype": str(dtype).removeprefix("torch."),
         "clock": "CUDA graph and wall" if device == "cuda" else "processor time, best of single calls",
         "copy_gb_per_second": bandwidth and bandwidth / 1e9,
         "not_measured": [] if device == "cuda" else ["the fused operator: it runs on a GPU alone"],
-        "rows": rows,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / f"chains-{device}.json", json.dumps(result, indent=1) + "\n")
+    for channels, side in sizes(options.config):
+        if side not in (options.sides or range(largest + 1)):
+            continue
+        for batch in options.batches or ([8, 16, 32] if device == "cuda" else [2]):
+            for kind in CHAINS:
+                try:
+                    rows += measure(kind, batch, channels, side, dtype, device, options.seconds, bandwidth)
+                except Exception as error:
+                    case = {"chain": kind, "batch": batch, "channels": channels, "side": side}
+                    rows.append({**case, "provider": "all", "refused": reason(error)})
+            print(f"{channels} x {side}x{side}, batch {batch}", flush=True)
+            save(options.out / f"chains-{device}.json", {**known, "rows": rows})
     print(table(rows))
 
 

@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-from measure import machine, memory, wall
+from measure import machine, memory, reason, save, wall
 from torch import Tensor
 
-from sivae_fast.files import write_text
 from sivae_fast.kernels.chamfer import chamfer
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,6 +101,16 @@ def measured(version, batch: int, points: int, device: str, seconds: float) -> d
     }
 
 
+def rows_of(name: str, version, options: argparse.Namespace) -> Iterator[dict]:
+    error = gate(version, options.device)
+    if not error <= 1e-4:
+        raise ValueError(f"wrong by {error:.1e}")
+    for points in options.points:
+        values = measured(version, options.batch, points, options.device, options.seconds)
+        yield {"version": name, **values, "relative_error": error}
+        print(name, "  ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -113,17 +121,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device, known, rows = options.device, machine(options.device), []
     for name, version in versions().items():
-        error = gate(version, device)
-        if error > 1e-4:
-            print(f"{name:<10} wrong by {error:.1e}: not measured")
-            continue
-        for points in options.points:
-            values = measured(version, options.batch, points, device, options.seconds)
-            rows.append({"version": name, **values, "relative_error": error})
-            print(name, "  ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
-    result = {**known, "batch": options.batch, "rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / f"chamfer-{device}.json", json.dumps(result, indent=1) + "\n")
+        try:
+            rows.extend(rows_of(name, version, options))
+        except Exception as error:
+            print(f"{name:<10} {reason(error)}: not measured")
+        save(options.out / f"chamfer-{device}.json", {**known, "batch": options.batch, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,14 +26,15 @@ from measure import (
     machine,
     memory,
     pyplot,
+    reason,
     rounds,
+    save,
     second_level_cache,
     wall,
 )
 from torch import Tensor
 
 from sivae_fast import Posterior, SoftIntroVAE, Term
-from sivae_fast.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"image256": ((3, 256, 256), 512), "image32": ((3, 32, 32), 128), "plane": ((2,), 2)}
@@ -211,7 +211,11 @@ def measure(size: str, batch: int, dtype: torch.dtype, device: str, bandwidth: f
     rows, sound = [], {}
     runs = providers(first)
     for name, run in runs.items():
-        errors = misses(run, first)
+        try:
+            errors = misses(run, first)
+        except Exception as error:
+            rows.append({**base, "provider": name, "refused": reason(error)})
+            continue
         if sound_errors(name, errors, dtype):
             sound[name] = errors
         else:
@@ -309,20 +313,20 @@ def main() -> None:
     bandwidth = copy_bandwidth() if device == "cuda" else None
     batches = options.batches or (BATCHES if device == "cuda" else BATCHES[:-1])
     known, rows = machine(device), []
-    for size in options.sizes:
-        for batch in batches:
-            rows += measure(size, batch, dtype, device, bandwidth)
-            print(f"{size}, batch {batch}: {sum('refused' not in row for row in rows)} rows", flush=True)
-    result = {
-        **known,
+    known |= {
         "clock": "CUDA graph and wall" if device == "cuda" else "processor time, best of single calls",
         "copy_gb_per_second": bandwidth and bandwidth / 1e9,
         "not_measured": [] if device == "cuda" else ["everything on a GPU"],
-        "speedups": summary(rows),
-        "rows": rows,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / f"losses-{device}.json", json.dumps(result, indent=1) + "\n")
+    for size in options.sizes:
+        for batch in batches:
+            try:
+                rows += measure(size, batch, dtype, device, bandwidth)
+            except Exception as error:
+                rows.append({"size": size, "batch": batch, "provider": "all", "refused": reason(error)})
+            print(f"{size}, batch {batch}: {sum('refused' not in row for row in rows)} rows", flush=True)
+            result = {**known, "speedups": summary(rows), "rows": rows}
+            save(options.out / f"losses-{device}.json", result)
     with open(options.out / f"losses-{device}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()

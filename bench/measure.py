@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import statistics
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from sivae_fast.files import write_text
 
 Call = Callable[[], object]
 
@@ -127,6 +130,18 @@ class Captured:
             if elapsed >= at_least:
                 return elapsed / replays / len(self.calls)
             replays = max(replays + 1, int(1.5 * replays * at_least / max(elapsed, 1e-6)))
+
+
+def save(path: Path, result: dict) -> None:
+    """Called again after each case: a machine that is lent for minutes may end a bench at any of them."""
+    write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def reason(error: Exception) -> str:
+    """What a result says in place of times: one version that fails must not cost the others."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 def pyplot(path: Path):

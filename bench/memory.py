@@ -3,15 +3,14 @@
     python bench/memory.py [--resolution 64] [--batches 2 4 8]
 
 Writes memory-<device>.json and .png under bench/results. A number is what one iteration adds at its peak to a
-process that holds networks, optimizer states and inputs; each is measured in a process of its own. On a CPU
-it is resident memory (Linux), on a GPU what PyTorch allocated.
+process that holds networks, optimizer states and inputs; each is measured in a process of its own, and one
+that fails says why in its place. On a CPU it is resident memory (Linux), on a GPU what PyTorch allocated.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import re
 import subprocess
 import sys
@@ -19,13 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import machine, pyplot
+from measure import machine, pyplot, save
 from plain_style import PlainStyle
 from plain_trainer import PlainTrainer
 from step import WEIGHTS, Iteration, Ours
 
 from sivae_fast.draws import Draws, Rows
-from sivae_fast.files import write_text
 from sivae_fast.models.style import StyleModel
 from sivae_fast.training.recompute import recompute
 
@@ -85,7 +83,8 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     if plt is None:
         return
     figure, axis = plt.subplots(figsize=(6, 4))
-    for name in PROVIDERS:
+    rows = [row for row in rows if "mib" in row]
+    for name in dict.fromkeys(row["provider"] for row in rows):
         line = [(row["batch"], row["mib"]) for row in rows if row["provider"] == name]
         axis.plot(*zip(*line, strict=True), marker="o", label=name)
     axis.set(xlabel="batch", ylabel="MiB at the peak of an iteration", title=title, ylim=(0, None))
@@ -116,12 +115,14 @@ def main() -> None:
         for batch in options.batches:
             command = [sys.executable, __file__, "--resolution", str(options.resolution)]
             done = subprocess.run([*command, "--one", provider, str(batch)], capture_output=True, text=True)
+            row = {"provider": provider, "batch": batch}
             if done.returncode:
-                raise SystemExit(f"error: {provider} at batch {batch} ended with\n{done.stderr}")
-            rows.append({"provider": provider, "batch": batch, "mib": round(float(done.stdout), 1)})
-            print(rows[-1], flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / f"memory-{device}.json", json.dumps({**known, "rows": rows}, indent=1) + "\n")
+                row["refused"] = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            else:
+                row["mib"] = round(float(done.stdout), 1)
+            rows.append(row)
+            print(row, flush=True)
+            save(options.out / f"memory-{device}.json", {**known, "rows": rows})
     title = f"{options.resolution}x{options.resolution}, {known['device']}"
     draw(rows, options.out / f"memory-{device}.png", title)
 

@@ -24,14 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import machine, rounds
+from measure import machine, reason, rounds, save
 from PIL import Image
 from plain import density_2d
 from plain_residual import PlainResidual
 
 from sivae_fast.config import load_config
 from sivae_fast.draws import Draws, Rows
-from sivae_fast.files import write_text
 from sivae_fast.systems import make_schedule
 from sivae_fast.training.loop import Trainer
 
@@ -193,11 +192,14 @@ def measure(system: System, options: argparse.Namespace) -> dict:
         try:
             call = compiled_plain(system, eager, x, of_compile)
             timers[name] = timer(call, system.device, options.seconds)
-        except Exception as error:  # a baseline that does not run must not cost the other rows
-            refused[name] = f"{type(error).__name__}: {error}"[:500]
+        except Exception as error:
+            refused[name] = reason(error)
     for name, trainer in made.items():
         step = functools.partial(trainer._advance, trainer._batches())
-        timers[name] = timer(step, system.device, options.seconds)
+        try:
+            timers[name] = timer(step, system.device, options.seconds)
+        except Exception as error:
+            refused[name] = reason(error)
     found = rounds(timers, options.rounds)
     for trainer in made.values():
         trainer.close()
@@ -215,6 +217,16 @@ def measure(system: System, options: argparse.Namespace) -> dict:
     }
 
 
+def checked(name: str, folder: Path, options: argparse.Namespace, device: torch.device) -> dict:
+    """What is measured of a system; raises ValueError where its losses are not the plain ones."""
+    system = System(name, folder, device)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        difference = largest_difference(system)
+    if not difference < TOLERANCE:
+        raise ValueError(f"losses differ from the plain ones by {difference:.1e}: no timing")
+    return {"losses_differ_at_most": difference, **measure(system, options)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -229,20 +241,20 @@ def main() -> None:
         **machine(device.type),
         "clock": "wall, synchronised" if device.type == "cuda" else "processor time",
         "not_measured": [] if device.type == "cuda" else ["graphs and torch.compile: on a GPU alone"],
+        "refused": {},
         "systems": {},
     }
     for name in SYSTEMS:
         with tempfile.TemporaryDirectory() as folder:
-            system = System(name, Path(folder), device)
-            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-                difference = largest_difference(system)
-            if not difference < TOLERANCE:
-                raise SystemExit(f"{name}: losses differ from the plain ones by {difference:.1e}: no timing")
-            record["systems"][name] = {"losses_differ_at_most": difference, **measure(system, options)}
-    text = json.dumps(record, indent=1)
-    print(text)
-    if options.out:
-        write_text(options.out, text + "\n")
+            try:
+                record["systems"][name] = checked(name, Path(folder), options, device)
+            except Exception as error:
+                record["refused"][name] = reason(error)
+        if options.out:
+            save(options.out, record)
+    print(json.dumps(record, indent=1))
+    if record["refused"]:
+        raise SystemExit(f"error: {record['refused']}")
 
 
 if __name__ == "__main__":

@@ -22,16 +22,15 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from measure import machine
+from measure import machine, reason, save
 from plain_style import PlainStyle
 from plain_trainer import PlainTrainer
 
 from sivae_fast.draws import Draws, Rows
-from sivae_fast.files import write_text
 from sivae_fast.models.style import StyleModel
 from sivae_fast.models.style_names import our_name, swap_layout
 from sivae_fast.objectives import SoftIntroVAE
@@ -124,32 +123,39 @@ def providers(device: torch.device) -> dict[str, Callable[[StyleModel], Iteratio
     return found
 
 
-def measure(options: argparse.Namespace, device: torch.device) -> dict:
-    """Median seconds an image of each provider at its best batch, and ratios to the plain trainer."""
+def measure(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """After each batch the result so far."""
     facts = machine(device.type)
     torch.manual_seed(0)
     model = StyleModel(options.resolution, start_channels=options.start_channels).to(device)
     rows = []
     for batch in options.batches:
         rows += measure_batch(model, batch, options.rounds, device, alone=device.type == "cuda")
+        yield {
+            "command": f"python bench/step.py --resolution {options.resolution} --batches "
+            + " ".join(map(str, options.batches)),
+            **facts,
+            "clock": "wall, synchronised" if device.type == "cuda" else "processor time",
+            "resolution": options.resolution,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            **compare(rows),
+            "rows": rows,
+        }
+
+
+def compare(rows: list[dict]) -> dict[str, dict]:
+    """Each provider at its best batch, and what of the plain trainer's time it takes there."""
     best = {}
     for row in rows:
         if "seconds" in row:
             known = best.get(row["provider"])
             better = known is None or row["seconds_an_image"] < known["seconds_an_image"]
             best[row["provider"]] = row if better else known
-    plain = best["plain"]["seconds_an_image"]
-    return {
-        "command": f"python bench/step.py --resolution {options.resolution} --batches "
-        + " ".join(map(str, options.batches)),
-        **facts,
-        "clock": "wall, synchronised" if device.type == "cuda" else "processor time",
-        "resolution": options.resolution,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "best": best,
-        "ratio_to_plain": {name: round(row["seconds_an_image"] / plain, 3) for name, row in best.items()},
-        "rows": rows,
-    }
+    ratios = {}
+    if "plain" in best:
+        plain = best["plain"]["seconds_an_image"]
+        ratios = {name: round(row["seconds_an_image"] / plain, 3) for name, row in best.items()}
+    return {"best": best, "ratio_to_plain": ratios}
 
 
 def measure_batch(
@@ -171,8 +177,9 @@ def measure_batch(
             # Before the first timed round: compilers, and captures for either fall of the style coin.
             found = timed_rounds({name: make(copy.deepcopy(model))}, x, 8, rounds, device)
             rows.append(row_of(name, batch, found[name]))
-        except torch.OutOfMemoryError:
-            rows.append({"provider": name, "batch": batch, "refused": "out of memory"})
+        except Exception as error:
+            rows.append({"provider": name, "batch": batch, "refused": reason(error)})
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -292,10 +299,11 @@ def main() -> None:
     for name, (difference, limit) in agreement.items():
         if not difference <= limit:
             raise SystemExit(f"the updates differ by {difference:.1e} in {name}: no timing")
-    result = {**measure(options, device), "updates_differ_at_most": {k: v for k, (v, _) in agreement.items()}}
+    for result in measure(options, device):
+        result["updates_differ_at_most"] = {k: v for k, (v, _) in agreement.items()}
+        if options.out:
+            save(options.out, result)
     print(json.dumps(result, indent=1))
-    if options.out:
-        write_text(options.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

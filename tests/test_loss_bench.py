@@ -21,10 +21,18 @@ def losses(monkeypatch):
         loss, *statistics = module.plain(inputs)
         return loss * 1.01, *statistics
 
+    def broken(inputs):
+        raise RuntimeError("does not compile")
+
     monkeypatch.setattr(
         module,
         "providers",
-        lambda first, repeated=False: {"plain": module.plain, "fused": module.fused(first), "wrong": wrong},
+        lambda first, repeated=False: {
+            "plain": module.plain,
+            "fused": module.fused(first),
+            "wrong": wrong,
+            "broken": broken,
+        },
     )
     yield module
     for name in ("losses", "measure"):
@@ -43,7 +51,9 @@ def test_times_stand_beside_errors_and_what_is_wrong_gets_none(losses, tmp_path,
         torch.set_num_threads(threads)
     found = json.loads((tmp_path / "losses-cpu.json").read_text())
     rows = {(row["provider"], row.get("direction")): row for row in found["rows"]}
-    assert set(rows) == {("wrong", None), *((p, d) for p in ("plain", "fused") for d in losses.DIRECTIONS)}
+    assert rows["broken", None]["refused"] == "RuntimeError: does not compile"
+    refused = {("wrong", None), ("broken", None)}
+    assert set(rows) == refused | {*((p, d) for p in ("plain", "fused") for d in losses.DIRECTIONS)}
     assert rows["wrong", None]["refused"] and "wall_ms" not in rows["wrong", None]
     assert all(
         row["wall_ms"] > 0 and row["loss_error"] < 1e-4 for row in found["rows"] if "refused" not in row

@@ -31,13 +31,19 @@ def test_captured_losses_are_the_plain_ones(small, name, monkeypatch, tmp_path):
     assert small.largest_difference(small.System(name, tmp_path, torch.device("cpu"))) < 1e-5
 
 
-def test_another_loss_is_noticed_and_not_timed(small, monkeypatch):
+def test_another_loss_is_noticed_and_not_timed(small, monkeypatch, tmp_path):
     density = small.density_2d
     monkeypatch.setattr(small, "density_2d", lambda **options: density(beta_kl=3.0, **options))
-    monkeypatch.setattr(small, "measure", lambda *_: pytest.fail("timed"))
-    monkeypatch.setattr(sys, "argv", ["small.py"])
-    with pytest.raises(SystemExit, match="no timing"):
-        small.main()
+    monkeypatch.setattr(small, "measure", lambda system, _: {"timed": system.name})
+    out, threads = tmp_path / "small.json", torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["small.py", "--out", str(out)])
+    try:
+        with pytest.raises(SystemExit, match="no timing"):
+            small.main()
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(out.read_text())
+    assert set(found["refused"]) == {"density"} and found["systems"]["residual"]["timed"] == "residual"
 
 
 def test_a_compiled_plain_iteration_is_timed_if_it_has_the_same_losses(small, monkeypatch, tmp_path):

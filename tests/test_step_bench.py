@@ -72,6 +72,45 @@ def test_a_provider_without_memory_is_refused_and_the_others_are_measured(step, 
     assert measured["provider"] == "minimal" and measured["seconds"] > 0
 
 
+def test_a_provider_that_fails_tells_why_and_costs_no_other(step, monkeypatch, tmp_path):
+    def broken(model):
+        raise ValueError("no such kernel")
+
+    out = tmp_path / "step.json"
+    arguments = ["--resolution", "8", "--start-channels", "4", "--batches", "2", "--rounds", "1"]
+    measure_batch, threads = step.measure_batch, torch.get_num_threads()
+    monkeypatch.setattr(step, "providers", lambda device: {"plain": broken, "minimal": step.Ours})
+    alone = lambda *given, **_: measure_batch(*given, alone=True)
+    monkeypatch.setattr(step, "measure_batch", alone)
+    monkeypatch.setattr(sys, "argv", ["step.py", *arguments, "--out", str(out)])
+    try:
+        step.main()
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(out.read_text())
+    assert found["rows"][0]["refused"] == "ValueError: no such kernel"
+    assert set(found["best"]) == {"minimal"} and found["ratio_to_plain"] == {}
+
+
+def test_what_was_measured_is_written_before_a_later_batch_fails(step, monkeypatch, tmp_path):
+    def measure_batch(model, batch, *_, **__):
+        if batch == 4:
+            raise KeyboardInterrupt
+        return [step.row_of("plain", batch, [1.0])]
+
+    out = tmp_path / "step.json"
+    arguments = ["--resolution", "8", "--start-channels", "4", "--batches", "2", "4"]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(step, "measure_batch", measure_batch)
+    monkeypatch.setattr(sys, "argv", ["step.py", *arguments, "--out", str(out)])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            step.main()
+    finally:
+        torch.set_num_threads(threads)
+    assert [row["batch"] for row in json.loads(out.read_text())["rows"]] == [2]
+
+
 def test_each_provider_starts_with_the_compiler_as_pytorch_has_it(step, monkeypatch):
     import torch._functorch.config as compiler
 

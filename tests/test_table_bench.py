@@ -47,6 +47,16 @@ def test_memory_has_the_range_of_its_batches(table):
     )
 
 
+def test_memory_is_compared_where_nothing_ran_out(table):
+    rows = [
+        {"provider": provider, "batch": batch, "mib": 100}
+        for provider in ("plain", "minimal", "minimal, recomputing")
+        for batch in (4, 8)
+    ]
+    rows[1] = {"provider": "plain", "batch": 8, "refused": "torch.OutOfMemoryError: 80 GiB"}
+    assert "(at batch 4, where plain takes 100 MiB, GPU)" in table._memory({"rows": rows, "device": "GPU"})
+
+
 def test_samples_name_their_seeds(table):
     row = lambda model, seeds: {"density": "rings", "model": model, "seeds": seeds, "scores": {"kl": 1.0}}
     rows = [row("the data itself", 20), row("VAE", 1), row("IntroVAE", 1), row("Soft-IntroVAE", 2)]
