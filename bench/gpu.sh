@@ -8,6 +8,9 @@
 # is the number of launches of each stress test. Where the copy that runs is no git repository, SIVAE_COMMIT tells
 # the results their commit. sanitize runs kernels under compute-sanitizer where that is installed.
 #
+# A bench writes its results after every case, and each part that ended has a line in RESULTS/parts.txt: what is
+# there stays whole where the machine is taken away in between.
+#
 # Needs PyTorch with Triton, NumPy, safetensors, pydantic, PyYAML, Pillow, pytest, pytest-benchmark and hypothesis;
 # without matplotlib there are no pictures. Without a GPU the same benches run on the CPU.
 set -uo pipefail
@@ -19,6 +22,7 @@ for part in "${@:2}"; do
   exit 2
 done
 cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1
 python3 -c "import sivae_fast.kernels" 2>/dev/null || python3 -m pip install -q --no-deps --no-build-isolation -e . || exit 1
 python3 -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU')" \
   | tee "$out/machine.txt"
@@ -27,12 +31,16 @@ failed=0
 run() { # NAME COMMAND...: keeps the output, goes on after a failure
   [ "$parts" = "  " ] || [[ $parts = *" $1 "* ]] || return
   echo "== $1"
+  local code start=$SECONDS
   "${@:2}" 2>&1 | tee "$out/$1.txt"
-  local code=${PIPESTATUS[0]}
+  code=${PIPESTATUS[0]}
+  echo "$1: exit code $code after $((SECONDS - start)) s" | tee -a "$out/parts.txt"
   [ "$code" = 0 ] || [ "$code" = 5 ] || failed=1 # 5: pytest had nothing to run
 }
 pytest=(python3 -m pytest -o addopts="" -q -m gpu --benchmark-skip)
-run tests "${pytest[@]}" --continue-on-collection-errors tests -k "not stress"
+# Of all tests only these files: a collection of the others takes longer and needs more packages.
+mapfile -t files < <(grep -rl --include="test_*.py" "mark\.gpu" tests)
+run tests "${pytest[@]}" --continue-on-collection-errors "${files[@]}" tests/kernels/triton_cases -k "not stress"
 SIVAE_STRESS=${SIVAE_STRESS:-20000} run stress "${pytest[@]}" tests/kernels/test_gpu.py -k stress
 run losses python3 bench/losses.py --out "$out"
 run chains python3 bench/chains.py --out "$out"
