@@ -128,7 +128,7 @@ def _losses(found: dict) -> str:
 
     def between(provider: str) -> str:
         values = [line[clock][provider] for line in lines if provider in line[clock]]
-        return f"{min(values):.2f} to {max(values):.2f}"
+        return f"{min(values):.2f} to {max(values):.2f}" if values else "unknown"
 
     return (
         f"**{between('plain')}** times the plain formulas' speed, {between('compile')} times torch.compile's "

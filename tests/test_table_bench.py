@@ -57,6 +57,13 @@ def test_memory_is_compared_where_nothing_ran_out(table):
     assert "(at batch 4, where plain takes 100 MiB, GPU)" in table._memory({"rows": rows, "device": "GPU"})
 
 
+def test_losses_are_compared_with_what_could_run(table):
+    """Where there is no C++ compiler there is no torch.compile either."""
+    speedups = [{"provider": "fused", "times_wall": {"plain": value}} for value in (2.0, 3.0)]
+    said = table._losses({"speedups": speedups, "device": "GPU"})
+    assert said == "**2.00 to 3.00** times the plain formulas' speed, unknown times torch.compile's (GPU)"
+
+
 def test_samples_name_their_seeds(table):
     row = lambda model, seeds: {"density": "rings", "model": model, "seeds": seeds, "scores": {"kl": 1.0}}
     rows = [row("the data itself", 20), row("VAE", 1), row("IntroVAE", 1), row("Soft-IntroVAE", 2)]
