@@ -265,7 +265,10 @@ def gradient_kernel(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     program, block = tl.program_id(0), tl.program_id(1)
-    sample, start = (program // chunks).to(tl.int64), (program % chunks) * span
+    if slots is None and by_y is not None:  # one chunk: known to the compiler, which saves registers
+        sample, start = program.to(tl.int64), program * 0
+    else:
+        sample, start = (program // chunks).to(tl.int64), (program % chunks) * span
     channels, x = _own(x, sample, block, start, x_sample, pixel, channel, BLOCK_C)
     if noise is not None:
         noise += sample * noise_sample + start
