@@ -23,6 +23,16 @@ def step(monkeypatch):
         sys.modules.pop(name, None)
 
 
+def main_with(step, monkeypatch, *arguments):
+    """The bench with these arguments; the number of threads is left as it was."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["step.py", *arguments])
+    try:
+        step.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_all_providers_compute_the_published_update(step):
     assert step.largest_difference() < 1e-10
     assert step.largest_difference(dtype=torch.float32) < 1e-4
@@ -78,15 +88,11 @@ def test_a_provider_that_fails_tells_why_and_costs_no_other(step, monkeypatch, t
 
     out = tmp_path / "step.json"
     arguments = ["--resolution", "8", "--start-channels", "4", "--batches", "2", "--rounds", "1"]
-    measure_batch, threads = step.measure_batch, torch.get_num_threads()
+    measure_batch = step.measure_batch
     monkeypatch.setattr(step, "providers", lambda device: {"plain": broken, "minimal": step.Ours})
     alone = lambda *given, **_: measure_batch(*given, alone=True)
     monkeypatch.setattr(step, "measure_batch", alone)
-    monkeypatch.setattr(sys, "argv", ["step.py", *arguments, "--out", str(out)])
-    try:
-        step.main()
-    finally:
-        torch.set_num_threads(threads)
+    main_with(step, monkeypatch, *arguments, "--out", str(out))
     found = json.loads(out.read_text())
     assert found["rows"][0]["refused"] == "ValueError: no such kernel"
     assert set(found["best"]) == {"minimal"} and found["ratio_to_plain"] == {}
@@ -100,14 +106,9 @@ def test_what_was_measured_is_written_before_a_later_batch_fails(step, monkeypat
 
     out = tmp_path / "step.json"
     arguments = ["--resolution", "8", "--start-channels", "4", "--batches", "2", "4"]
-    threads = torch.get_num_threads()
     monkeypatch.setattr(step, "measure_batch", measure_batch)
-    monkeypatch.setattr(sys, "argv", ["step.py", *arguments, "--out", str(out)])
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            step.main()
-    finally:
-        torch.set_num_threads(threads)
+    with pytest.raises(KeyboardInterrupt):
+        main_with(step, monkeypatch, *arguments, "--out", str(out))
     assert [row["batch"] for row in json.loads(out.read_text())["rows"]] == [2]
 
 
@@ -130,14 +131,9 @@ def test_each_provider_starts_with_the_compiler_as_pytorch_has_it(step, monkeypa
 
 @pytest.mark.parametrize("batches", [["2"], ["2", "4"]])
 def test_a_result_names_every_provider_and_the_machine(step, monkeypatch, tmp_path, batches):
-    threads = torch.get_num_threads()
     out = tmp_path / "step.json"
     arguments = ["--resolution", "8", "--start-channels", "4", "--batches", *batches, "--rounds", "1"]
-    monkeypatch.setattr(sys, "argv", ["step.py", *arguments, "--out", str(out)])
-    try:
-        step.main()
-    finally:
-        torch.set_num_threads(threads)
+    main_with(step, monkeypatch, *arguments, "--out", str(out))
     found = json.loads(out.read_text())
     assert set(found["ratio_to_plain"]) == set(step.providers(torch.device("cpu")))
     assert len(found["rows"]) == len(batches) * len(found["best"])
