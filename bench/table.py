@@ -137,20 +137,25 @@ def _losses(found: dict) -> str:
 
 
 def _chamfer(found: dict) -> str:
-    """At every number of points that every version has; memory at the largest."""
-    versions = ("sivae", "expansion", "cdist")
+    """At every number of points that every version which ran has; memory at the largest."""
     rows = {(row["version"], row["points"]): row for row in found["rows"]}
-    points = sorted(p for v, p in rows if v == "sivae" and all((other, p) in rows for other in versions))
+    names = {"expansion": "the expanded squares'", "cdist": "`torch.cdist`'s"}
+    ran = {version for version, _ in rows}
+    others = [version for version in names if version in ran]
+    points = sorted(p for v, p in rows if v == "sivae" and all((other, p) in rows for other in others))
 
     def times(version: str) -> str:
         took = lambda name, p: rows[name, p]["forward_backward_ms"]
         return " / ".join(f"{took(version, p) / took('sivae', p):.1f}" for p in points)
 
-    mib = [rows[version, points[-1]]["added_mib"] for version in versions]
+    if not (others and points):
+        return "no other version ran"
+    bold = {others[0]: "**"}
+    faster = ", ".join(f"{bold.get(v, '')}{times(v)}{bold.get(v, '')} times {names[v]}" for v in others)
+    own, *mib = (f"{rows[version, points[-1]]['added_mib']:.0f}" for version in ("sivae", *others))
     return (
-        f"**{times('expansion')}** times the expanded squares' speed, {times('cdist')} times "
-        f"`torch.cdist`'s, forward and backward at {' / '.join(map(str, points))} points; "
-        f"{mib[0]:.0f} MiB against {mib[1]:.0f} and {mib[2]:.0f} at {points[-1]} points "
+        f"{faster} speed, forward and backward at {' / '.join(map(str, points))} points; "
+        f"{own} MiB against {' and '.join(mib)} at {points[-1]} points "
         f"({found['device']}, batch {found['batch']})"
     )
 

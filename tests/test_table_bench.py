@@ -84,3 +84,21 @@ def test_small_systems_are_held_against_compiled_ones(table):
     assert said == (
         "density **500** a second (5.0 times plain, 2.5 times the same under torch.compile) (GPU)"
     )
+
+
+def test_chamfer_is_compared_with_what_could_run(table):
+    rows = [
+        {"version": version, "points": points, "forward_backward_ms": ms, "added_mib": mib}
+        for version, ms, mib in (("sivae", 2.0, 1), ("expansion", 4.0, 30), ("cdist", 6.0, 50))
+        for points in (256, 800)
+    ]
+    of = lambda *names: {"rows": [r for r in rows if r["version"] in names], "device": "GPU", "batch": 2}
+    assert table._chamfer(of("sivae", "expansion", "cdist")) == (
+        "**2.0 / 2.0** times the expanded squares', 3.0 / 3.0 times `torch.cdist`'s speed, forward and "
+        "backward at 256 / 800 points; 1 MiB against 30 and 50 at 800 points (GPU, batch 2)"
+    )
+    assert table._chamfer(of("sivae", "cdist")) == (
+        "**3.0 / 3.0** times `torch.cdist`'s speed, forward and backward at 256 / 800 points; "
+        "1 MiB against 50 at 800 points (GPU, batch 2)"
+    )
+    assert table._chamfer(of("sivae")) == "no other version ran"
