@@ -13,6 +13,28 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def make_folder(path: str | os.PathLike) -> None:
+    """Makes `path` and the folders above it, where missing.
+
+    Raises FileExistsError, naming it, for a file in the way, OSError where the folder cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        check_folder(path)
+        raise
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """The errors of `make_folder`, and PermissionError where nothing could be written, with nothing made."""
+    path = Path(path)
+    there = next(part for part in (path, *path.parents) if os.path.lexists(part))
+    if not there.is_dir():
+        raise FileExistsError(f"{path} cannot be a folder: {there} is not one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {there} does not allow it")
+
+
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path` that takes its place only when the block ends without an error.
@@ -29,7 +51,7 @@ def atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _told_of(path, temporary):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
@@ -53,7 +75,8 @@ def filling(folder: str | os.PathLike) -> Iterator[Path]:
     missing = not folder.exists()
     with _told_of(folder, temporary):
         try:
-            temporary.mkdir(parents=True)
+            make_folder(folder)
+            temporary.mkdir()
             yield temporary
             for path in sorted(temporary.iterdir()):
                 os.replace(path, folder / path.name)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sivae_fast.files import append_line, keep_lines, plain, read_lines, write_text
+from sivae_fast.files import append_line, keep_lines, make_folder, plain, read_lines, write_text
 
 logger = logging.getLogger("sivae_fast")
 
@@ -69,7 +69,7 @@ class Run:
         """
         check_name(name)
         root = Path(root)
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         while True:
             folder = root / f"{max(_numbers(root), default=-1) + 1:05d}-{name}"
             with contextlib.suppress(FileExistsError):  # another run took the number: look again

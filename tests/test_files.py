@@ -78,6 +78,32 @@ def test_only_plain_files_are_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["pipe"]
 
 
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
+    (tmp_path / "a").write_bytes(b"kept")
+    (tmp_path / "broken").symlink_to("nowhere")
+    for file in (tmp_path / "a", tmp_path / "broken"):
+        for path in (file, file / "b" / "c"):
+            for refuse in (files.make_folder, files.check_folder):
+                with pytest.raises(FileExistsError, match=f"^{path} cannot be a folder: {file} is not one$"):
+                    refuse(path)
+        with pytest.raises(FileExistsError, match=f"^{file} cannot be a folder"):
+            files.write_text(file / "b.txt", "text")
+        with pytest.raises(FileExistsError, match=f"^{file} cannot be a folder"), files.filling(file):
+            pass
+    assert (tmp_path / "a").read_bytes() == b"kept"
+    files.check_folder(tmp_path / "new" / "newer")
+    assert not (tmp_path / "new").exists()
+    files.make_folder(tmp_path / "new" / "newer")
+    assert (tmp_path / "new" / "newer").is_dir()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match=f"{tmp_path} does not allow it"):
+        files.check_folder(tmp_path / "new")
+
+
 def test_the_name_changes_hands_only_at_the_end(tmp_path):
     path = tmp_path / "a.txt"
     with files.atomic(path, "w") as file:

@@ -22,6 +22,7 @@ from sivae_fast.data.parallel import cores, locked, ordered, progress_bar
 from sivae_fast.data.published import open_source
 from sivae_fast.data.sources import Source
 from sivae_fast.data.writer import FolderWriter, ZipWriter
+from sivae_fast.files import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +241,7 @@ def _finished(dest: Path, job: dict) -> Manifest | None:
 def _workplace(dest: Path, job: dict) -> Iterator[Path]:
     """The folder DEST.partial, held by this process alone and emptied where it belongs to another job."""
     place = Path(f"{dest}.partial")
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(place, wait=False))

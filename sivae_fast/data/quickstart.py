@@ -10,6 +10,7 @@ from pathlib import Path
 from sivae_fast.data.painting import paint
 from sivae_fast.data.parallel import cores, locked, ordered, progress_bar
 from sivae_fast.data.prepare import prepare
+from sivae_fast.files import make_folder
 
 COUNT = 2000
 
@@ -22,7 +23,7 @@ def ensure_quickstart(
     The pictures are JPEG files in `folder`/lakes, prepared like anybody's at `resolution`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     prepared = folder / f"lakes-{resolution}.zip"
     with locked(folder):
         if not prepared.exists():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sivae_fast.contract import Model
 from sivae_fast.evaluation.density import Sampler, energy_grid, prior_samples
+from sivae_fast.files import make_folder
 
 POINTS = 1024  # of a scatter plot
 
@@ -90,5 +91,5 @@ def _density(axis, energy: Tensor) -> None:
 
 
 def _save(figure, path: str | Path, dpi: int) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     figure.savefig(path, dpi=dpi)

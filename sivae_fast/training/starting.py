@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sivae_fast.config import Config, ConfigError
+from sivae_fast.files import check_folder
 from sivae_fast.run import check_name
 from sivae_fast.systems import error_function, make_model, make_schedule
 from sivae_fast.training.engine import place
@@ -35,6 +36,7 @@ def check_start(config: Config) -> None:
     if config.evaluate.every:
         MEASURES[config.model.kind].needs(config, device)
     check_name(config.run.name)
+    check_folder(config.run.folder)
 
 
 def _check_loader(config: Config, device: torch.device) -> None:

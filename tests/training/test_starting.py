@@ -52,6 +52,11 @@ def test_every_shipped_configuration_passes_without_its_data(path, capsys):
             "number",
         ),
         (
+            "density-rings",
+            [f"run.folder={ROOT / 'LICENSE' / 'runs'}"],
+            f"{ROOT / 'LICENSE' / 'runs'} cannot be a folder: {ROOT / 'LICENSE'} is not one",
+        ),
+        (
             "pointclouds",
             ["data.points=1024"],
             "data.points=1024 and model.points=2048 must be the same",
