@@ -150,11 +150,11 @@ def _chamfer(found: dict) -> str:
 
     if not (others and points):
         return "no other version ran"
-    bold = {others[0]: "**"}
-    faster = ", ".join(f"{bold.get(v, '')}{times(v)}{bold.get(v, '')} times {names[v]}" for v in others)
+    first, *rest = others
+    said = [f"**{times(first)}** times {names[first]}", *(f"{times(v)} times {names[v]}" for v in rest)]
     own, *mib = (f"{rows[version, points[-1]]['added_mib']:.0f}" for version in ("sivae", *others))
     return (
-        f"{faster} speed, forward and backward at {' / '.join(map(str, points))} points; "
+        f"{', '.join(said)} speed, forward and backward at {' / '.join(map(str, points))} points; "
         f"{own} MiB against {' and '.join(mib)} at {points[-1]} points "
         f"({found['device']}, batch {found['batch']})"
     )
