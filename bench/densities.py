@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from measure import commit
 
 from sivae_fast.checkpoint import load
 from sivae_fast.config import Config, load_config
@@ -128,9 +129,6 @@ def measure(cell: Cell, runs: Path) -> None:
     device = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"one thread, {platform.machine()}"
     )
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
-    )
     record = {
         **cell._asdict(),
         **scores,
@@ -141,7 +139,7 @@ def measure(cell: Cell, runs: Path) -> None:
         "kl_real": ticks[-1]["kl_real"],
         "device": device,
         "torch": torch.__version__,
-        "commit": head.stdout.strip(),
+        "commit": commit(),
         "command": (
             f"python bench/densities.py --precision {cell.precision} "
             f"--only {cell.density}/{cell.objective}/{cell.seed}"

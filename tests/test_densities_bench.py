@@ -2,10 +2,13 @@
 
 import json
 import statistics
+import sys
+from pathlib import Path
 
 import pytest
 
-from bench import densities
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+import densities
 
 
 def test_the_table_of_the_page_is_that_of_the_results():
