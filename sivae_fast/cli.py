@@ -63,11 +63,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _command(commands, name: str, function, summary: str) -> argparse.ArgumentParser:
-    added = commands.add_parser(
-        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    added = commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
     added.set_defaults(command=function)
     return added
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says defaults that are values; what None means is said by the help itself where it is not plain."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        plain = action.default is False or action.default in (None, ())
+        return action.help if plain else super()._get_help_string(action)
 
 
 def _add_doctor(commands) -> None:

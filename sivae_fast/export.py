@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from sivae_fast.checkpoint import load
-from sivae_fast.config import Config
 from sivae_fast.contract import Model
 from sivae_fast.files import filling, write_bytes
 
@@ -78,7 +77,7 @@ def export(
     networks = {
         "encoder": (
             _Encode(model),
-            _input_shape(model.config),
+            _input_shape(model),
             ["x"],
             ["posterior_mean", "posterior_logvar"],
         ),
@@ -118,12 +117,13 @@ def _quiet() -> Iterator[None]:
         exporter.setLevel(level)
 
 
-def _input_shape(config: Config) -> tuple[int, ...]:
-    model = config.model
-    if model.kind in ("style", "residual", "two_encoder"):
-        return model.channels, model.resolution, model.resolution
-    if model.kind == "pointnet":
-        return model.points, 3
+def _input_shape(model: Model) -> tuple[int, ...]:
+    settings = model.config.model
+    if settings.kind in ("style", "residual", "two_encoder"):
+        # The model's own: growing ones may have been stopped at a lower level than they are made for.
+        return settings.channels, model.resolution, model.resolution
+    if settings.kind == "pointnet":
+        return settings.points, 3
     return (2,)  # points in the plane
 
 

@@ -29,11 +29,11 @@ MODELS = {
 }
 
 
-def snapshot(path, settings) -> str:
+def snapshot(path, settings, **growth) -> str:
     error = {"reconstruction": "chamfer" if settings["kind"] == "pointnet" else "sse"}
     data = {"pointnet": {"kind": "pointclouds", "points": 12}, "mlp": {"kind": "density"}}
     data = data.get(settings["kind"], {"kind": "images"})
-    config = make_config({"model": settings, "objective": error, "data": data})
+    config = make_config({"model": settings, "objective": error, "data": data, "growth": growth})
     model = make_model(config)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -61,6 +61,18 @@ def test_torch_programs_run_without_the_package(tmp_path, kind):
         mean, logvar = torch.export.load(encoder).module()(x)
     torch.testing.assert_close(mean, model.encode(x).mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logvar, model.encode(x).logvar, rtol=1e-5, atol=1e-5)
+
+
+def test_a_growing_model_is_exported_at_the_level_that_it_reached(tmp_path):
+    """Here the first of two, 4x4 pixels."""
+    source = snapshot(tmp_path, STYLE, images_per_level=1000)
+    encoder, decoder = export(source, tmp_path / "out", format="torch")
+    model = load(source)
+    with torch.no_grad():
+        x = torch.export.load(decoder).module()(torch.randn(2, 8))
+        mean, _ = torch.export.load(encoder).module()(x)
+        assert x.shape == (2, 3, 4, 4)
+        torch.testing.assert_close(mean, model.encode(x).mean, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

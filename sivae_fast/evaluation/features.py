@@ -117,7 +117,7 @@ class RandomNetwork(nn.Module):
 
 
 def _weights_file(weights: str | os.PathLike | None) -> Path:
-    where = "give the file, or the folder it is in, as weights (--weights)"
+    where = "give the file, or the folder it is in, as weights (--weights, in training evaluate.weights)"
     if weights is None:
         raise FileNotFoundError(f"Inception weights are needed: download {URL} and {where}")
     path = Path(weights)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import torch
 
 from sivae_fast.config import Config, ConfigError
@@ -16,11 +19,14 @@ from sivae_fast.training.iteration import check_batches
 from sivae_fast.training.loop import engine_kind
 from sivae_fast.training.optim import make_optimizer
 
+log = logging.getLogger(__name__)
+
 
 def check_start(config: Config) -> None:
     """Raises the error with which `train` would end here before it reads any data.
 
-    Batches are held against the ranks of the launcher, one without a launcher.
+    Batches are held against the ranks of the launcher, one without a launcher. Data that is not there is
+    logged and no error: it may lie on other machines than the one where settings are tried.
     """
     _, world, device = place()
     kind, _ = engine_kind(config)
@@ -37,6 +43,7 @@ def check_start(config: Config) -> None:
         MEASURES[config.model.kind].needs(config, device)
     check_name(config.run.name)
     check_folder(config.run.folder)
+    _look_for_data(config)
 
 
 def _check_loader(config: Config, device: torch.device) -> None:
@@ -47,3 +54,11 @@ def _check_loader(config: Config, device: torch.device) -> None:
             choose_loader("dali", device)
         except ValueError as error:
             raise ConfigError(f"data.{error}") from None
+
+
+def _look_for_data(config: Config) -> None:
+    path = getattr(config.data, "path", None)
+    if path is None and config.data.kind == "images":
+        log.warning("data.path is missing: a start ends with that")
+    elif path not in (None, "quickstart") and not Path(path).exists():
+        log.warning("data.path=%s does not exist here: a start ends with that", path)

@@ -25,6 +25,23 @@ def test_every_shipped_configuration_passes_without_its_data(path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "overrides", "said"),
+    [
+        ("cifar10", [], ["data.path is missing: a start ends with that"]),
+        ("cifar10", ["data.path=a.zip"], ["data.path=a.zip does not exist here: a start ends with that"]),
+        ("cifar10", [f"data.path={ROOT}"], []),
+        ("translation", ["data.path=b"], ["data.path=b does not exist here: a start ends with that"]),
+        ("translation", [], []),
+        ("quickstart", [], []),
+        ("density-rings", [], []),
+    ],
+)
+def test_data_that_is_not_there_is_said(name, overrides, said, capsys, caplog):
+    assert dry_run(capsys, name, TORCH, *overrides)[0] == 0
+    assert [record.getMessage() for record in caplog.records if "data.path" in record.getMessage()] == said
+
+
+@pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
         ("ffhq256", ["model.resolution=512"], "train.batch has 7 values, the model has 8 levels of detail"),
