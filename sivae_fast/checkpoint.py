@@ -50,10 +50,16 @@ def save_checkpoint(folder: Path, images: int, tensors: dict[str, Tensor], state
     write_text(path.with_suffix(".json"), json.dumps(state, indent=1))
     complete = _complete(folder)
     planned = next((path for path in complete if _is_planned(path)), None)
-    for old in set(complete[keep:]) - {planned}:
-        old.with_suffix(".json").unlink(missing_ok=True)
-        old.unlink(missing_ok=True)
+    for old in set(complete[keep:]) - {planned, path}:
+        _remove(old)
     return path
+
+
+def remove_after(folder: Path, images: int) -> None:
+    """Removes the checkpoints of more than `images` images: the course of training they are of was left."""
+    for path in _complete(folder):
+        if int(path.stem) > images:
+            _remove(path)
 
 
 def load_newest(folder: Path, planned: bool = False) -> tuple[dict[str, Tensor], dict] | None:
@@ -218,6 +224,11 @@ def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinity, these weights cannot be used")
     return tensors
+
+
+def _remove(path: Path) -> None:
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from sivae_fast.training.iteration import Iteration
 from sivae_fast.training.meter import means
 from sivae_fast.training.optim import set_learning_rate
 from sivae_fast.training.recorder import Recorder
-from sivae_fast.training.resume import go_back, restore, state_of
+from sivae_fast.training.resume import go_back, restore, share_first_weights, state_of
 from sivae_fast.training.signals import Stopper
 
 logger = logging.getLogger("sivae_fast")
@@ -74,6 +74,7 @@ class Trainer(Iteration):
         check_same(data_facts(self.data))
         self.facts = run_facts(config, self.data)
         super().__init__(config, self.data.input_shape, rank, world, device, kind, zero)
+        share_first_weights(self)
         self.graphs = Graphs(config.train.seed, device) if config.train.graphs else None
         self.guard = Guard(config)
         self.lod, self.stage = schedule.lod(0), schedule.at(0)

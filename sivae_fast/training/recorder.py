@@ -93,8 +93,9 @@ class Recorder:
         if self._run and ("snapshot" in due or finished):
             with self._going_on("snapshot"):
                 self._save_snapshot()
-        if self._unsaved and (finished or stopped):
-            raise self._unsaved
+        if finished or stopped:
+            # Together, since launchers end the rank that saves where others have ended before it.
+            on_all_ranks(self._check_saved)
 
     def close(self) -> None:
         if self._progress:
@@ -195,6 +196,10 @@ class Recorder:
             self._unsaved, before = error, trainer.guard.checkpoint
             kept = "there is none before" if before is None else f"the one at {before} images is whole"
             logger.error("checkpoint at %s images not saved: %s; %s", trainer.images, error, kept)
+
+    def _check_saved(self) -> None:
+        if self._unsaved:
+            raise self._unsaved
 
     def _keep_best(self, records: dict[str, dict]) -> None:
         """A snapshot where the first of the metrics is better than all that were measured alike."""

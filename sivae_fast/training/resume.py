@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sivae_fast.checkpoint import load_newest, load_weights, part
+from sivae_fast.checkpoint import load_newest, load_weights, part, remove_after
 from sivae_fast.training.agreement import check_parameters
 from sivae_fast.training.guard import Diverged
 
@@ -90,6 +90,17 @@ def _own_tick(state: dict, rank: int, world: int) -> dict[str, tuple[float, int]
     return state["tick"] if rank == 0 else dict.fromkeys(state["tick"], (0.0, 0))
 
 
+def share_first_weights(trainer) -> None:
+    """Gives every rank the initial weights of rank 0: other processors round them otherwise. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    averaged = trainer.average.state().values() if trainer.average else ()
+    for tensor in (*trainer.model.parameters(), *trainer.model.buffers(), *averaged):
+        dist.broadcast(tensor.data, src=0)
+    for engine in trainer.engines.values():
+        engine.parameters_changed()
+
+
 def go_back(trainer, error: Diverged) -> None:
     """Back to the last planned checkpoint, leaving out the images seen since. Collective.
 
@@ -99,6 +110,8 @@ def go_back(trainer, error: Diverged) -> None:
     reached, end = trainer.images, trainer.position
     if not trainer.guard.may_return() or not (restore(trainer, planned=True) or restore(trainer)):
         raise error
+    if trainer.rank == 0:  # else a later start would go on from where this course diverged
+        remove_after(trainer.recorder.checkpoints, trainer.images)
     trainer.guard.skipped = end - trainer.images
     trainer.step_seconds = trainer.data_seconds = 0.0
     logger.warning(

@@ -1,9 +1,16 @@
 """N ranks at the same global batch reach the parameters of one rank, under every engine."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from sivae_fast.checkpoint import load_newest, part
+from sivae_fast.models.residual import ResidualModel
+from sivae_fast.training.averaging import Average
+from sivae_fast.training.resume import share_first_weights
+from tests.training.test_reduction import of_two_ranks
 
 #: Largest |difference| / |update| over the parameters of a network after 5 iterations; it comes from the
 #: order of float32 sums, 2e-5 to 3e-4 were measured on CPU.
@@ -77,3 +84,28 @@ def test_accumulation_on_two_ranks_equals_one(launch, start):
     one = weights(launch.folder, "one")
     assert largest_difference(one, weights(launch.folder, "two"), start) < FLOOR
     assert largest_difference(one, weights(launch.folder, "zero"), start) < FLOOR
+
+
+def other_weights(rank: int, file: str, answers) -> None:
+    """Two ranks whose weights were drawn from other seeds, as other processors would round them."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    model = ResidualModel(resolution=8, widths=(4, 8), latent_size=3)
+    model.encoder.main[1].running_mean += rank
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = SimpleNamespace(model=model, average=Average(model, 100.0), engines={})
+    share_first_weights(trainer)
+    found = [None, None]
+    dist.all_gather_object(found, (before, model.state_dict(), trainer.average.model().state_dict()))
+    if rank == 0:
+        differing = lambda state: sum(not torch.equal(state[name], before[name]) for name in before)
+        answers.put([[differing(state) for state in states] for states in found])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_all_ranks_begin_with_the_weights_of_the_first():
+    (_, *first), (apart, *second) = of_two_ranks(other_weights)
+    assert apart > 10
+    assert first == second == [0, 0]

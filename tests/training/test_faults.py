@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -113,6 +114,26 @@ def test_rollback_leaves_the_images_out_and_resumes_exactly(training, spoilt, ca
     for images in (80, 96, 112, 160):
         parts = training("parts", train__images=images, guard__rollbacks=2)
     assert_same(whole, parts)
+
+
+def test_a_checkpoint_from_before_a_return_is_not_gone_on_from(training, spoilt, monkeypatch):
+    """Stopped at 96, gone back to 64 from the NaN after it, stopped again at 80."""
+    spoilt(112, float("nan"))
+    settings = {"guard__rollbacks": 1, "run__checkpoint": 64, "run__keep": 1}
+    whole = training("whole", **settings)
+    training("parts", train__images=96, **settings)
+    advance = Trainer._advance
+
+    def stopped(trainer, batches):
+        advance(trainer, batches)
+        if trainer.images == 80 and trainer.guard.skipped:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_advance", stopped)
+    parts = training("parts", **settings)
+    assert sorted(path.stem for path in parts.glob("checkpoints/*.json")) == ["0000000064", "0000000080"]
+    monkeypatch.setattr(Trainer, "_advance", advance)
+    assert_same(whole, training("parts", **settings))
 
 
 def test_as_many_rollbacks_as_allowed_then_advice(training, spoilt):
