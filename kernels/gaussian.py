@@ -197,10 +197,10 @@ def _closed_form(mean, logvar, noise, prior, by_z, by_kl, numbers) -> list[Tenso
     centre, spread = (part if isinstance(part, float) else part.to(dtype) for part in _known(prior, numbers))
     mean, whole = mean.to(dtype), logvar.to(dtype)
     logvar = whole.clamp(*numbers[1:])
-    to_mean, to_logvar = torch.zeros_like(mean), torch.zeros_like(logvar)
-    to_noise = to_centre = to_spread = to_mean
+    # Memory of its own for each: autograd adds to gradients in place, and so do optimizers and clipping.
+    to_mean, to_logvar, to_noise, to_centre, to_spread = (torch.zeros_like(mean) for _ in range(5))
     if by_z is not None and by_z.numel():
-        to_mean = by_z.reshape(mean.shape).to(dtype)
+        to_mean = by_z.reshape(mean.shape).to(dtype, copy=True)
         to_noise = to_mean * (0.5 * logvar).exp_()
         to_logvar = 0.5 * to_noise * noise
     if by_kl is not None:

@@ -43,6 +43,9 @@ def phase(
     Raises ValueError and TypeError for sources that do not fit together, before anything runs.
     """
     check_sources(sources, names or [f"source {i}" for i in range(len(sources))])
+    if weights.shape != (4, len(sources)):
+        raise ValueError(f"weights has shape {list(weights.shape)}, must be [4, {len(sources)}]")
+    weights = weights.contiguous()  # kernels read it as rows
     images, means, logvars, errors, layout = pack(sources, members)
     plan = (len(images), len(means), *layout)
     numbers = (huber_delta, prior_std, *(bounds or _UNBOUNDED))

@@ -73,6 +73,23 @@ def test_gradients_of_sample_and_kl(bounds):
     assert torch.autograd.gradcheck(lambda *t: reparameterize(*t, logvar_clamp=bounds), tensors[:3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_share_memory_with_nothing(dtype):
+    """Two passes add up in place, and what is done to a gradient is done to it alone."""
+    shapes = (3, 6), (3, 6), (3, 6), (3, 6)
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in doubles(*shapes)]
+    mean, logvar, prior_mean, prior_logvar = leaves
+    noise = torch.ones(3, 6, dtype=dtype)
+    z, kl = sample_and_kl(mean, logvar, noise, prior_mean=prior_mean, prior_logvar=prior_logvar)
+    want = torch.autograd.grad(z.sum() + kl.sum(), leaves, retain_graph=True)
+    upstream = torch.ones_like(z)
+    z.backward(upstream, retain_graph=True)
+    kl.sum().backward()
+    for leaf, gradient in zip(leaves, want, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
+    assert (upstream == 1).all()
+
+
 @pytest.mark.parametrize("kind", reference.RECONSTRUCTIONS)
 def test_gradients_of_errors(kind):
     generator = torch.Generator().manual_seed(1)

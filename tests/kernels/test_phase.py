@@ -194,6 +194,12 @@ def test_wrong_sources(parts, error, message):
         phase([GOOD[0], Source(*parts)], SOFT_MEMBERS[:2], table(SOFT[:2]), names=["real", "rec"])
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (2, 4), (4,)])
+def test_weights_of_another_size(shape):
+    with pytest.raises(ValueError, match=r"weights has shape \[.*\], must be \[4, 2\]"):
+        phase(GOOD[:2], SOFT_MEMBERS[:2], torch.ones(shape))
+
+
 def test_empty_batch():
     with pytest.raises(
         ValueError, match=r"target of real has shape \[0, 3, 4\], must be \[B, ...\] with no dim"

@@ -78,6 +78,16 @@ def test_any_number_of_fake_sources(device):
     agrees(sources, (Member.LINEAR, *[Member.EXPONENTIAL] * 4), rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_in_any_order_of_memory(device, dtype):
+    sources, weights = leaves(chain((2, 30), 5, device=device)), table(SOFT, device).to(dtype)
+    columns = weights.t().contiguous().t()
+    assert not columns.is_contiguous()
+    for single in (False, True):
+        want, got = (phase(sources, SOFT_MEMBERS, w, single_launch=single)[0] for w in (weights, columns))
+        assert torch.equal(got, want)
+
+
 def test_parts_that_are_left_out(device):
     real, rec, fake = chain((4, 33), 3, device=device)
     errors = torch.rand(4, device=device)

@@ -101,10 +101,12 @@ def test_gradients_are_handed_out_once(device):
         torch.autograd.grad(loss, distinct(sources), create_graph=True)
 
 
-def test_both_forms_are_the_same_bits(device):
+def test_both_forms_agree(device):
+    """Not to the bit: with gradients to write, blocks are smaller and sums grouped otherwise."""
     results = []
     for single in (False, True):
         sources = leaves(chain((3, 9000), 50, device=device))
         loss, statistics = phase(sources, SOFT_MEMBERS, table(SOFT, device), single_launch=single)
         results.append([loss, statistics, *torch.autograd.grad(loss, distinct(sources))])
-    assert all(map(torch.equal, *results))
+    for one, other in zip(*results, strict=True):
+        close(one, other.detach().cpu().double(), 1e-6)
