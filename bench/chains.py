@@ -71,8 +71,8 @@ class Case:
     def __init__(
         self, kind: str, batch: int, channels: int, side: int, dtype: torch.dtype, device: str, seed: int = 0
     ):
-        generator = torch.Generator().manual_seed(seed)
-        new = lambda *size: torch.randn(size, generator=generator).to(device)
+        generator = torch.Generator(device).manual_seed(seed)
+        new = lambda *size: torch.randn(size, generator=generator, device=device)
         x = new(batch, channels, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
         self.inputs = [x, new(channels), None, None, None]
         self.by = [torch.randn_like(x)]

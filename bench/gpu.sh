@@ -8,6 +8,10 @@
 # is the number of launches of each stress test. Where the copy that runs is no git repository, SIVAE_COMMIT tells
 # the results their commit. sanitize runs kernels under compute-sanitizer where that is installed.
 #
+# All of it takes about an hour, step most of that. Where the machine is lent for less: PART_SECONDS ends a part that
+# takes longer, LOSSES ("--batches 16 64 --sizes image256 image32") and CHAINS ("--batches 16 --sides 256 64 16")
+# choose cases.
+#
 # A bench writes its results after every case, and each part that ended has a line in RESULTS/parts.txt: what is
 # there stays whole where the machine is taken away in between.
 #
@@ -24,6 +28,7 @@ done
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1
 python3 -c "import sivae_fast.kernels" 2>/dev/null || python3 -m pip install -q --no-deps --no-build-isolation -e . || exit 1
+python3 -c "import sivae_fast.training.loop" || exit 1 # tells which package is missing
 python3 -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU')" \
   | tee "$out/machine.txt"
 device=$(python3 -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
@@ -32,7 +37,7 @@ run() { # NAME COMMAND...: keeps the output, goes on after a failure
   [ "$parts" = "  " ] || [[ $parts = *" $1 "* ]] || return
   echo "== $1"
   local code start=$SECONDS
-  "${@:2}" 2>&1 | tee "$out/$1.txt"
+  ${PART_SECONDS:+timeout "$PART_SECONDS"} "${@:2}" 2>&1 | tee "$out/$1.txt"
   code=${PIPESTATUS[0]}
   echo "$1: exit code $code after $((SECONDS - start)) s" | tee -a "$out/parts.txt"
   [ "$code" = 0 ] || [ "$code" = 5 ] || failed=1 # 5: pytest had nothing to run
@@ -42,8 +47,8 @@ pytest=(python3 -m pytest -o addopts="" -q -m gpu --benchmark-skip)
 mapfile -t files < <(grep -rl --include="test_*.py" "mark\.gpu" tests)
 run tests "${pytest[@]}" --continue-on-collection-errors "${files[@]}" tests/kernels/triton_cases -k "not stress"
 SIVAE_STRESS=${SIVAE_STRESS:-20000} run stress "${pytest[@]}" tests/kernels/test_gpu.py -k stress
-run losses python3 bench/losses.py --out "$out"
-run chains python3 bench/chains.py --out "$out"
+run losses python3 bench/losses.py ${LOSSES:-} --out "$out"
+run chains python3 bench/chains.py ${CHAINS:-} --out "$out"
 run step python3 bench/step.py --resolution "${RESOLUTION:-256}" --batches ${BATCHES:-8 16 32 64} \
   --out "$out/step-$device.json"
 run small python3 bench/small.py --out "$out/small-$device.json"

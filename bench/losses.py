@@ -6,8 +6,9 @@ Writes losses-<device>.json, .csv and .png. Every provider computes loss, per-sa
 gradients by rec, rec_rec, rec_fake and the three posteriors. A provider whose loss or gradients miss float64
 by more than its dtype allows gets a refusal in place of times. On a GPU `gpu` times a call in a CUDA graph
 (nothing of Python; the row "plain" is then the CUDA-graphed plain version) with inputs that rotate through
-more than three times the L2 cache or through 32 sets ("cold") or stay in it ("hot"); `wall` times calls from
-Python. On a CPU there is processor time only, and what runs is PyTorch: closed forms beside plain formulas.
+more than three times the L2 cache ("cold"), through "32 sets" where those are less, or stay in it ("hot");
+`wall` times calls from Python. On a CPU there is processor time only, and what runs is PyTorch: closed forms
+beside plain formulas.
 """
 
 from __future__ import annotations
@@ -222,13 +223,16 @@ def measure(size: str, batch: int, dtype: torch.dtype, device: str, bandwidth: f
             rows.append({**base, "provider": name, "refused": "misses float64", **errors})
     copies = min(1 + 3 * second_level_cache(device) // first.bytes, 32)
     sets = [first, *(Inputs.make(size, batch, dtype, device) for _ in range(copies - 1))]
-    states = {"hot": sets[:1]} if copies == 1 else {"cold": sets, "hot": sets[:1]}
+    rotating = "cold" if copies * first.bytes > 3 * second_level_cache(device) else f"{copies} sets"
+    states = {"hot": sets[:1]} if copies == 1 else {rotating: sets, "hot": sets[:1]}
     if device == "cuda" and copies == 1:
         states = {"cold": [first, Inputs.make(size, batch, dtype, device)]}
     for direction in DIRECTIONS:
         if direction == "backward":
             runs = providers(first, repeated=True)
         runs = {name: runs[name] for name in sound}
+        count = device == "cuda" and direction == "both"
+        counted = {name: costs(run, first) for name, run in runs.items()} if count else {}
         for state, members in states.items():
             for name, found in times(runs, members, direction, device).items():
                 row = {**base, "provider": name, "direction": direction, "cache": state, **found}
@@ -237,9 +241,7 @@ def measure(size: str, batch: int, dtype: torch.dtype, device: str, bandwidth: f
                     moved = least_bytes(first, name, direction)
                     row["least_mib"] = moved / 2**20
                     row["percent_of_copy"] = 100 * moved / (found["gpu_ms"] * 1e-3) / bandwidth
-                if device == "cuda" and direction == "both":
-                    row |= costs(runs[name], first)
-                rows.append(row)
+                rows.append(row | counted.get(name, {}))
     return rows
 
 

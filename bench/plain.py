@@ -52,16 +52,21 @@ def density_2d(
     lr: float = 2e-4,
     normal: Normal = _standard_normal,
     autocast: torch.dtype | None = None,
+    published: bool = True,
 ) -> Density2D:
     """Every pass of the published loop is here: two deterministic reconstructions that only its log uses, the
     decoder's terms of weight 1e-8, and fakes computed anew in the decoder's phase.
 
     normal(name, like) draws the noise; the names tell the draws of an iteration apart.
     autocast: dtype of the networks' arithmetic; None keeps float32.
+    published: Adam as PyTorch chooses it, and losses are read in every iteration. False: fused Adam, and
+        losses stay tensors, so that nothing waits for a GPU.
     """
     encoder, decoder = _mlp(2, 4), _mlp(2, 2)
-    for_encoder = torch.optim.Adam(encoder.parameters(), lr)
-    for_decoder = torch.optim.Adam(decoder.parameters(), lr)
+    fused = None if published else True
+    for_encoder = torch.optim.Adam(encoder.parameters(), lr, fused=fused)
+    for_decoder = torch.optim.Adam(decoder.parameters(), lr, fused=fused)
+    read = Tensor.item if published else Tensor.detach
 
     def run(net: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
@@ -84,7 +89,7 @@ def density_2d(
         loss.backward()
         for_encoder.step()
         for_decoder.step()
-        return loss.item()
+        return read(loss)
 
     def encoder_phase(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         _train_only(encoder, decoder)
@@ -123,6 +128,6 @@ def density_2d(
     def soft(x: Tensor) -> tuple[float, float]:
         noise = normal("prior", x)
         encoder_loss, z = encoder_phase(x, noise)
-        return encoder_loss.item(), decoder_phase(x, noise, z).item()
+        return read(encoder_loss), read(decoder_phase(x, noise, z))
 
     return Density2D(encoder, decoder, vae, soft)

@@ -19,13 +19,19 @@ def divergence(mean, logvar):
 
 
 class PlainResidual:
-    def __init__(self, encoder, decoder, target, betas, gamma_r, draw):
-        """`target` reconstructs the fakes: the decoder itself, or the bootstrap variant's lagged one."""
+    def __init__(self, encoder, decoder, target, betas, gamma_r, draw, published=True):
+        """`target` reconstructs the fakes: the decoder itself, or the bootstrap variant's lagged one.
+
+        published: Adam as PyTorch chooses it, and losses are read in every iteration. False: fused Adam, and
+            losses stay tensors, so that nothing waits for a GPU.
+        """
         self.encoder, self.decoder, self.target = encoder, decoder, target
         self.beta_rec, self.beta_kl, self.beta_neg = betas
         self.gamma_r, self.draw = gamma_r, draw
-        self.encoder_optimizer = torch.optim.Adam(encoder.parameters(), lr=2e-4)
-        self.decoder_optimizer = torch.optim.Adam(decoder.parameters(), lr=2e-4)
+        self.read = torch.Tensor.item if published else torch.Tensor.detach
+        adam = {"lr": 2e-4, "fused": None if published else True}
+        self.encoder_optimizer = torch.optim.Adam(encoder.parameters(), **adam)
+        self.decoder_optimizer = torch.optim.Adam(decoder.parameters(), **adam)
 
     def encode(self, x, name):
         mean, logvar = self.encoder(x).chunk(2, dim=1)
@@ -48,7 +54,7 @@ class PlainResidual:
         loss.backward()
         self.encoder_optimizer.step()
         self.decoder_optimizer.step()
-        return loss.item()
+        return self.read(loss)
 
     def iteration(self, x, latent_size):
         prior = self.draw("prior", x.new_empty(len(x), latent_size))
@@ -77,7 +83,7 @@ class PlainResidual:
         self.encoder_optimizer.zero_grad()
         loss.backward()
         self.encoder_optimizer.step()
-        return z.detach(), loss.item()
+        return z.detach(), self.read(loss)
 
     def decoder_step(self, x, prior, z):
         scale = 1 / x[0].numel()
@@ -101,4 +107,4 @@ class PlainResidual:
         self.decoder_optimizer.zero_grad()
         loss.backward()
         self.decoder_optimizer.step()
-        return loss.item()
+        return self.read(loss)

@@ -115,32 +115,34 @@ def providers(device: torch.device) -> dict[str, Callable[[StyleModel], Iteratio
     if device.type == "cuda":
         quick = {"autocast": torch.bfloat16, "compile": True}
         found["plain, TF32"] = lambda model: WithTF32(plain(model))
-        found["plain, compiled, bf16"] = functools.partial(plain, **quick)
         found["minimal, bf16"] = functools.partial(Ours, autocast=torch.bfloat16)
-        found["minimal, compiled, bf16"] = functools.partial(Ours, **quick)
         found["minimal, graphs"] = functools.partial(Ours, graphs=True)
         found["minimal, bf16, graphs"] = functools.partial(Ours, autocast=torch.bfloat16, graphs=True)
+        # Last, since compiling takes minutes.
+        found["plain, compiled, bf16"] = functools.partial(plain, **quick)
+        found["minimal, compiled, bf16"] = functools.partial(Ours, **quick)
     return found
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """After each batch the result so far."""
+    """After each row the result so far."""
     facts = machine(device.type)
     torch.manual_seed(0)
     model = StyleModel(options.resolution, start_channels=options.start_channels).to(device)
     rows = []
     for batch in options.batches:
-        rows += measure_batch(model, batch, options.rounds, device, alone=device.type == "cuda")
-        yield {
-            "command": f"python bench/step.py --resolution {options.resolution} --batches "
-            + " ".join(map(str, options.batches)),
-            **facts,
-            "clock": "wall, synchronised" if device.type == "cuda" else "processor time",
-            "resolution": options.resolution,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            **compare(rows),
-            "rows": rows,
-        }
+        for row in measure_batch(model, batch, options.rounds, device, alone=device.type == "cuda"):
+            rows.append(row)
+            yield {
+                "command": f"python bench/step.py --resolution {options.resolution} --batches "
+                + " ".join(map(str, options.batches)),
+                **facts,
+                "clock": "wall, synchronised" if device.type == "cuda" else "processor time",
+                "resolution": options.resolution,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                **compare(rows),
+                "rows": rows,
+            }
 
 
 def compare(rows: list[dict]) -> dict[str, dict]:
@@ -160,14 +162,15 @@ def compare(rows: list[dict]) -> dict[str, dict]:
 
 def measure_batch(
     model: StyleModel, batch: int, rounds: int, device: torch.device, alone: bool
-) -> list[dict]:
+) -> Iterator[dict]:
     """A row a provider; `alone`: one after the other, each with the memory to itself."""
     x = torch.randn(batch, 3, model.resolution, model.resolution, device=device)
-    makers, rows = providers(device), []
+    makers = providers(device)
     if not alone:
         made = {name: make(copy.deepcopy(model)) for name, make in makers.items()}
         found = timed_rounds(made, x, 1, rounds, device)
-        return [row_of(name, batch, seconds) for name, seconds in found.items()]
+        yield from (row_of(name, batch, seconds) for name, seconds in found.items())
+        return
     for name, make in makers.items():
         torch._dynamo.reset()  # else what earlier batches compiled counts against the limit of this one
         torch._functorch.config.donated_buffer = True  # the default; our compiled one changes it
@@ -176,11 +179,11 @@ def measure_batch(
         try:
             # Before the first timed round: compilers, and captures for either fall of the style coin.
             found = timed_rounds({name: make(copy.deepcopy(model))}, x, 8, rounds, device)
-            rows.append(row_of(name, batch, found[name]))
+            row = row_of(name, batch, found[name])
         except Exception as error:
-            rows.append({"provider": name, "batch": batch, "refused": reason(error)})
-        print(rows[-1], flush=True)
-    return rows
+            row = {"provider": name, "batch": batch, "refused": reason(error)}
+        print(row, flush=True)
+        yield row
 
 
 def row_of(name: str, batch: int, seconds: list[float]) -> dict:

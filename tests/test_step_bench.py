@@ -122,10 +122,10 @@ def test_each_provider_starts_with_the_compiler_as_pytorch_has_it(step, monkeypa
         compiler.donated_buffer = False
         return lambda x, draws: None
 
-    monkeypatch.setattr(compiler, "donated_buffer", False)
     monkeypatch.setattr(step, "providers", lambda device: {"one": changing, "other": changing})
     model = step.StyleModel(8, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2)
-    step.measure_batch(model, 2, 1, torch.device("cpu"), alone=True)
+    with compiler.patch(donated_buffer=False):  # monkeypatch takes the option away for good
+        list(step.measure_batch(model, 2, 1, torch.device("cpu"), alone=True))
     assert found == [True, True]
 
 

@@ -207,7 +207,8 @@ class DecoderBlock(nn.Module):
     def _modulated(self, x: Tensor, biases, weight: Tensor, noise: Noise, style: Tensor) -> Tensor:
         """Noise, bias, leaky ReLU, instance norm and modulation; of `biases`, `x` has the first already."""
         inside, after = biases
-        if noise == "bump":
+        # Dynamo of PyTorch 2.11 breaks its graph where a tensor is compared with a string.
+        if isinstance(noise, str) and noise == "bump":
             x = x + bump(x if inside is None else x - inside, self.index)
         noisy = {"noise": noise, "weight": weight} if isinstance(noise, Tensor) else {}
         return activate_normalize(
