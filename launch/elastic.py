@@ -1,4 +1,4 @@
-"""torchrun with its options, but listening on the address of the meeting point alone:
+"""torchrun with its options, but listening on the address of the meeting point alone, and quicker to end:
 
     python launch/elastic.py --nproc_per_node 8 launch/train.py --config launch/configs/ffhq256.yaml ...
 
@@ -7,18 +7,24 @@ The stores of torchrun itself listen on every interface of the first node.
 
 from __future__ import annotations
 
+import functools
 import sys
 from datetime import timedelta
 
 from torch.distributed import Store, run
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.launcher import api
 
 from sivae_fast.training.meeting import source_address, store_at
 
 LIMIT = timedelta(minutes=5)  # that of PyTorch's stores
+#: Seconds in which all nodes end once one has. Ranks end together, and an agent that a signal ends never
+#: tells the others, which would wait for it for 300 seconds.
+ENDING = 30
 
 
 def replace_stores(several: bool) -> None:
@@ -44,6 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
             meeting, _ = parse_rendezvous_endpoint(options.rdzv_endpoint or options.master_addr, 0)
             options.local_addr = source_address(meeting, several=several)
         replace_stores(several)
+        api.LocalElasticAgent = functools.partial(LocalElasticAgent, exit_barrier_timeout=ENDING)
         run.run(options)
     except ValueError as error:
         sys.exit(f"error: {error}")

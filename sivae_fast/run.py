@@ -183,6 +183,12 @@ def _acquire(folder: Path):
         raise RunInUse(
             f"{folder} is in use by a live run (process {holder}): stop it first, or start a new run"
         ) from None
+    except OSError as error:  # some network file systems
+        logger.warning(
+            "%s: locks are not to be had here (%s): a second process in the same folder would not be noticed",
+            folder,
+            error.strerror,
+        )
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()

@@ -26,7 +26,7 @@ from sivae_fast.config import load_config, make_config
 from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.held import Held
 from sivae_fast.files import append_line, read_lines
-from sivae_fast.training import agreement
+from sivae_fast.training import agreement, recorder
 from sivae_fast.training.agreement import RankFailed, RanksDiffer
 from sivae_fast.training.guard import Diverged, Guard
 from sivae_fast.training.loop import Trainer, train
@@ -114,6 +114,25 @@ def test_rollback_leaves_the_images_out_and_resumes_exactly(training, spoilt, ca
     for images in (80, 96, 112, 160):
         parts = training("parts", train__images=images, guard__rollbacks=2)
     assert_same(whole, parts)
+
+
+def test_ranks_end_together_once_the_last_checkpoint_is_there(training, monkeypatch):
+    """A launcher may end the rank that saves where the others have ended before it."""
+    events, together, save = [], recorder.on_all_ranks, recorder.save_checkpoint
+    monkeypatch.setattr(recorder, "save_checkpoint", lambda *given: events.append("saved") or save(*given))
+    monkeypatch.setattr(recorder, "on_all_ranks", lambda ask: events.append("together") or together(ask))
+    training("ended", train__images=96)
+    assert events[-2:] == ["saved", "together"]
+
+
+def test_without_locks_a_run_starts_and_says_so(training, monkeypatch, caplog):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    folder = training("unlocked", train__images=16)
+    assert f"{folder}: locks are not to be had here (No locks available)" in caplog.text
+    assert load_newest(folder / "checkpoints")[1]["images"] == 16
 
 
 def test_a_checkpoint_from_before_a_return_is_not_gone_on_from(training, spoilt, monkeypatch):
