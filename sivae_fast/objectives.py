@@ -13,9 +13,9 @@ sources j = rec, fake of weights w_j (1/2 each):
     decoder phase   c ( beta_rec mean r + sum_j w_j (beta_kl mean k_j + gamma_r beta_rec mean r_j) )
     VAE phase       mean beta_rec r + beta_kl k
 
-An objective decides c and Phi. Its weights may be changed at any time, `objective.beta_neg = 1024.0`: they
-live in buffers on the device, so that neither a compiled step nor a captured CUDA graph has to be made
-again.
+An objective decides c and Phi. Its weights may be changed whenever no backward pass is pending,
+`objective.beta_neg = 1024.0`: they live in buffers on the device, so that neither a compiled step nor a
+captured CUDA graph has to be made again.
 """
 
 from __future__ import annotations
