@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
+import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+logger = logging.getLogger("sivae_fast")
 
 
 def make_folder(path: str | os.PathLike) -> None:
@@ -33,6 +37,23 @@ def check_folder(path: str | os.PathLike) -> None:
         raise FileExistsError(f"{path} cannot be a folder: {there} is not one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} cannot be written: {there} does not allow it")
+
+
+def lock(file: IO | int, path: Path, wait: bool = False) -> None:
+    """Locks an open file or folder until it is closed; BlockingIOError where held and not `wait`.
+
+    Some network file systems have no locks: that is said, and work goes on without.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        logger.warning(
+            "%s: locks are not to be had here (%s): a second process in the same folder would not be noticed",
+            path,
+            error.strerror,
+        )
 
 
 @contextlib.contextmanager

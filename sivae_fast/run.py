@@ -7,7 +7,6 @@ Only rank 0 holds a `Run`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sivae_fast.files import append_line, keep_lines, make_folder, plain, read_lines, write_text
+from sivae_fast.files import append_line, keep_lines, lock, make_folder, plain, read_lines, write_text
 
 logger = logging.getLogger("sivae_fast")
 
@@ -173,27 +172,21 @@ def _numbers(root: Path) -> list[int]:
 
 def _acquire(folder: Path):
     """The kernel drops this lock with the process that holds it, so that none is ever stale."""
-    lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
+    held = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (as long as the run)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(held, folder)
     except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip()
-        lock.close()
+        held.seek(0)
+        holder = held.read().strip()
+        held.close()
         raise RunInUse(
             f"{folder} is in use by a live run (process {holder}): stop it first, or start a new run"
         ) from None
-    except OSError as error:  # some network file systems
-        logger.warning(
-            "%s: locks are not to be had here (%s): a second process in the same folder would not be noticed",
-            folder,
-            error.strerror,
-        )
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
-    _locks.add(lock)
-    return lock
+    held.truncate(0)
+    held.write(f"{os.getpid()}\n")
+    held.flush()
+    _locks.add(held)
+    return held
 
 
 class Events:

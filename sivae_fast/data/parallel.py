@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+
+from sivae_fast.files import lock
 
 #: Below this number of items a pool of processes costs more than it saves.
 _SMALL = 32
@@ -75,7 +76,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Holds the folder or file `path` for this process alone; BlockingIOError where held and not `wait`."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        lock(handle, path, wait)
         yield
     finally:
         os.close(handle)
