@@ -45,10 +45,10 @@ TINY = {
     "residual": ["train.batch=4", "model.widths=[4,8]", "model.resolution=8", "model.latent_size=4"],
 }
 CHECKED = 6  # iterations; the last ones of a captured system are replays
-#: Of the losses of each, relative to the plain ones. The game magnifies rounding: in float32 on a CPU those of
-#: the residual system are 9e-8, 1e-5, 7e-5, 9e-4, 8e-4 and 5e-4 apart.
+#: Of the losses of each, relative to the plain ones. The game magnifies rounding: in float32 on a CPU those
+#: of the residual system are 9e-8, 1e-5, 7e-5, 9e-4, 8e-4 and 5e-4 apart.
 TOLERANCES = (1e-3, 1e-3, 1e-3, *[1e-2] * (CHECKED - 3))
-#: Of compiled networks, which multiply in TF32 here: the magnified difference of later iterations tells nothing.
+#: Of compiled networks, which multiply in TF32: the magnified difference of later iterations tells nothing.
 COMPILED = (0.02, 0.02)
 
 
