@@ -12,7 +12,9 @@ import sys
 from datetime import timedelta
 
 from torch.distributed import Store, run
+from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
@@ -22,9 +24,23 @@ from torch.distributed.launcher import api
 from sivae_fast.training.meeting import source_address, store_at
 
 LIMIT = timedelta(minutes=5)  # that of PyTorch's stores
-#: Seconds in which all nodes end once one has. Ranks end together, and an agent that a signal ends never
-#: tells the others, which would wait for it for 300 seconds.
+#: Seconds in which all nodes end once one has, 300 in torchrun: ranks end together.
 ENDING = 30
+
+
+class Agent(LocalElasticAgent):
+    """Tells the others when a signal has ended its ranks, and waits for theirs, as it does without a signal.
+
+    Else they would hold their store for ENDING seconds, and a node that comes back meanwhile would join that.
+    """
+
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        try:
+            return super().run(role)
+        except SignalException:
+            if self._worker_group.state is WorkerState.HEALTHY:  # not where it is told already
+                self._exit_barrier()
+            raise
 
 
 def replace_stores(several: bool) -> None:
@@ -50,10 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
             meeting, _ = parse_rendezvous_endpoint(options.rdzv_endpoint or options.master_addr, 0)
             options.local_addr = source_address(meeting, several=several)
         replace_stores(several)
-        api.LocalElasticAgent = functools.partial(LocalElasticAgent, exit_barrier_timeout=ENDING)
+        api.LocalElasticAgent = functools.partial(Agent, exit_barrier_timeout=ENDING)
         run.run(options)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except SignalException as error:
+        sys.exit(f"stopped by {error.sigval.name}")
 
 
 if __name__ == "__main__":

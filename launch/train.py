@@ -73,10 +73,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def finished(config: Config) -> bool:
-    """Whether the newest run of this configuration has seen all its images."""
-    from sivae_fast.run import Run, read_stats
+    """Whether the newest run of this configuration (with run.new, of this launch) has seen all its images."""
+    from sivae_fast.run import Run, launch_name, read_stats
 
-    folder = Run.find(config.run.folder, config.run.name, config.identity())
+    launch = launch_name() if config.run.new else ""
+    folder = Run.find(config.run.folder, config.run.name, config.identity(), launch)
     ticks = read_stats(folder) if folder else []
     return bool(ticks) and ticks[-1]["images"] >= config.train.images
 

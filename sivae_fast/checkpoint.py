@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sivae_fast import hub
-from sivae_fast.config import Config, load_config, make_config
+from sivae_fast.config import Config, ConfigError, load_config, make_config
 from sivae_fast.contract import Model
 from sivae_fast.files import write_text
 from sivae_fast.systems import make_model, make_schedule
@@ -29,6 +30,7 @@ from sivae_fast.systems import make_model, make_schedule
 logger = logging.getLogger("sivae_fast")
 
 FORMAT = "sivae-fast 1"
+_CHECKPOINT = re.compile(r"\d{10,}\.json")
 
 
 class CheckpointError(ValueError):
@@ -66,14 +68,24 @@ def load_newest(folder: Path, planned: bool = False) -> tuple[dict[str, Tensor],
     """(tensors, state) of the newest whole checkpoint, or None; says which damaged ones it passed over.
 
     planned: only those written at their interval, not those that a signal caused.
+    Raises CheckpointError where there are checkpoints and none is whole, OSError for a folder that cannot be
+    read: whoever takes this for no checkpoint begins anew and loses the statistics.
     """
-    for path in _complete(folder):
+    found = _complete(folder)
+    damaged = 0
+    for path in found:
         try:
             tensors, state = load_checkpoint(path)
             if state.get("planned", True) or not planned:
                 return tensors, state
         except CheckpointError as error:
             logger.warning("%s; falling back to the checkpoint before it", error)
+            damaged += 1
+    if found and damaged == len(found):
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be used ({damaged} tried): bring a whole one back, or move them "
+            "away to begin at 0 images"
+        )
     return None
 
 
@@ -125,9 +137,7 @@ def load(path: str | os.PathLike, averaged: bool = True, device: torch.device | 
         tensors, config, images, facts = _of_checkpoint(path, *load_checkpoint(path), averaged)
     else:
         tensors, config, images, facts = _of_snapshot(path, averaged)
-    folder = run_folder(path)
-    if folder and (folder / "config.yaml").is_file():
-        config = load_config(folder / "config.yaml")
+    config = run_config(run_folder(path)) or config
     model = make_model(config)
     load_weights(model, tensors, name)
     stage = make_schedule(config).at(max(images - 1, 0))
@@ -141,6 +151,26 @@ def run_folder(path: Path) -> Path | None:
     if path.is_dir():
         return path
     return path.parent.parent if path.parent.name in ("checkpoints", "snapshots") else None
+
+
+def run_config(folder: Path | None) -> Config | None:
+    """The configuration in a run folder; None for no folder, or one without.
+
+    Raises CheckpointError, naming the file, where it cannot be used.
+    """
+    path = folder and folder / "config.yaml"
+    if path is None or not path.is_file():
+        return None
+    try:
+        if not path.stat().st_size:  # would be taken for the defaults
+            raise ConfigError("it is empty")
+        return load_config(path)
+    except ConfigError as error:
+        why = str(error).removeprefix(f"--config {path}: ").partition(". Give the path")[0]
+        raise CheckpointError(
+            f"{path}, the configuration of this run, cannot be used ({why}): the command that trained it "
+            "writes it again; where it is removed, that of the checkpoint or snapshot is used"
+        ) from error
 
 
 def load_weights(model: Model, tensors: dict[str, Tensor], source: str) -> None:
@@ -172,11 +202,16 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _of_folder(path: Path, averaged: bool) -> tuple[dict[str, Tensor], Config, int, dict[str, str]]:
     if (path / hub.MODEL).is_file():
         return _of_snapshot(path / hub.MODEL, averaged)
-    found = load_newest(path / "checkpoints")
+    snapshots = sorted((path / "snapshots").glob("*.safetensors"))
+    try:
+        found = load_newest(path / "checkpoints")
+    except CheckpointError:
+        if not snapshots:
+            raise
+        found = None
     if found is not None:
         newest = path / "checkpoints" / f"{found[1]['images']:010d}.safetensors"
         return _of_checkpoint(newest, *found, averaged)
-    snapshots = sorted((path / "snapshots").glob("*.safetensors"))
     if not snapshots:
         here = path.resolve()
         if here.name in ("checkpoints", "snapshots"):
@@ -232,8 +267,15 @@ def _remove(path: Path) -> None:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Checkpoints whose JSON was written, newest first."""
-    return sorted((p.with_suffix(".safetensors") for p in folder.glob("*.json")), reverse=True)
+    """Checkpoints whose JSON was written, newest first; files of other names are somebody's own.
+
+    Raises OSError for what is there and cannot be listed, such as a link to a disk that is not.
+    """
+    if not os.path.lexists(folder):
+        return []
+    found = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+    found.sort(key=lambda path: int(path.stem), reverse=True)
+    return [path.with_suffix(".safetensors") for path in found]
 
 
 def _is_planned(path: Path) -> bool:
@@ -249,6 +291,10 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     with _temporary(path) as temporary:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
+        mask = os.umask(0o077)
+        os.umask(mask)
+        with contextlib.suppress(OSError):  # safetensors makes files that nobody else can read
+            temporary.chmod(0o666 & ~mask)
         digest = _digest(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ def check_name(name: str) -> None:
         )
 
 
+def launch_name() -> str:
+    """The same at every restart by a launcher, and of no other launch; "" where nothing says so.
+
+    That of the environment's SIVAE_LAUNCH, else of torchrun, whose agent makes one folder of logs for itself.
+    """
+    logs = re.search(r"([^/]+)/attempt_\d+/\d+/error\.json$", os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    return os.environ.get("SIVAE_LAUNCH") or (logs[1] if logs else "")
+
+
 class RunInUse(RuntimeError):
     """The run folder belongs to a live process."""
 
@@ -55,6 +65,8 @@ class Run:
         self._log.setFormatter(
             logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
         )
+        # The console has the line; where the disk is full, it would have a traceback for each of them.
+        self._log.handleError = lambda record: None
         logger.addHandler(self._log)
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
@@ -74,9 +86,14 @@ class Run:
             with contextlib.suppress(FileExistsError):  # another run took the number: look again
                 folder.mkdir()
                 break
-        (folder / "samples").mkdir()
-        write_text(folder / "run.json", json.dumps({"name": name, "config_hash": config_hash}) + "\n")
-        run = cls(folder)
+        try:
+            (folder / "samples").mkdir()
+            facts = {"name": name, "config_hash": config_hash, "launch": launch_name()}
+            write_text(folder / "run.json", json.dumps(facts) + "\n")
+            run = cls(folder)
+        except OSError:  # on a full disk, each start would leave a folder with nothing in it
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         run.write_config(config)
         return run
 
@@ -89,16 +106,29 @@ class Run:
         return cls(folder)
 
     @staticmethod
-    def find(root: str | os.PathLike, name: str, config_hash: str) -> Path | None:
-        """The newest folder under `root` that `create` made with this name and hash, or None."""
-        wanted = {"name": name, "config_hash": config_hash}
+    def find(root: str | os.PathLike, name: str, config_hash: str = "", launch: str = "") -> Path | None:
+        """The newest folder under `root` that `create` made with this name and hash, or None.
+
+        config_hash, launch: "" is any. What cannot be read is passed over; where the hash counts, with a
+        warning.
+        """
+        wanted = {"name": name, "config_hash": config_hash, "launch": launch}
+        wanted = {key: value for key, value in wanted.items() if value}
         found = []
         for folder in Path(root).glob(f"*-{name}"):
             match = _FOLDER.fullmatch(folder.name)
-            with contextlib.suppress(OSError, ValueError):
-                if match and json.loads((folder / "run.json").read_text(encoding="utf-8")) == wanted:
-                    found.append((int(match[1]), folder))
+            if match and match[2] == name and wanted.items() <= _facts(folder, say=bool(config_hash)).items():
+                found.append((int(match[1]), folder))
         return max(found)[1] if found else None
+
+    @staticmethod
+    def to_resume(root: str | os.PathLike, name: str, config_hash: str, new: bool) -> Path | None:
+        """The folder with which a start goes on; None where it makes a new one.
+
+        new: as run.new; goes on with what an earlier start of this launch made, and nothing else.
+        """
+        launch = launch_name() if new else ""
+        return None if new and not launch else Run.find(root, name, config_hash, launch)
 
     def write_config(self, config: dict) -> None:
         """Write the resolved configuration to `config.yaml`."""
@@ -137,7 +167,8 @@ class Run:
             self._events.close()
             self._events = None
         logger.removeHandler(self._log)
-        self._log.close()
+        with contextlib.suppress(OSError):  # as in Events.close
+            self._log.close()
         _locks.discard(self._lock)
         self._lock.close()
 
@@ -168,6 +199,23 @@ def read_metrics(folder: str | os.PathLike) -> dict[str, list[dict[str, Any]]]:
 
 def _numbers(root: Path) -> list[int]:
     return [int(match[1]) for path in root.iterdir() if (match := _FOLDER.fullmatch(path.name))]
+
+
+def _facts(folder: Path, say: bool) -> dict[str, Any]:
+    """What `run.json` of a folder says; {} where it has none. say: warns of one that cannot be read."""
+    path = folder / "run.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(facts, dict):
+            return facts
+        error = "it holds no facts"
+    except FileNotFoundError:
+        return {}  # its start was cut short, or it is another folder
+    except (OSError, ValueError) as caught:
+        error = caught
+    if say:
+        logger.warning("%s is passed over: %s cannot be read (%s)", folder, path.name, error)
+    return {}
 
 
 def _acquire(folder: Path):
@@ -208,9 +256,15 @@ class Events:
             return
         self._proto = event_pb2, summary_pb2
         number = len(list(folder.glob("events.out.tfevents.*")))
-        self._file = open(folder / f"events.out.tfevents.{number:05d}", "xb")  # noqa: SIM115 (closed in close)
+        path = folder / f"events.out.tfevents.{number:05d}"
+        self._file = open(path, "xb")  # noqa: SIM115 (closed in close)
         self._writer = RecordWriter(self._file)
-        self._write(file_version="brain.Event:2")
+        try:
+            self._write(file_version="brain.Event:2")
+        except OSError:  # the next tick tries again, with a file of the same number
+            self.close()
+            path.unlink(missing_ok=True)
+            raise
         if number:  # a resumed run: TensorBoard forgets what an earlier file has from here on
             self._write(step=images, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
@@ -226,7 +280,8 @@ class Events:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # what does not fit on the disk was said when it was written
+                self._writer.close()
 
     def _write(self, **fields) -> None:
         event, _ = self._proto

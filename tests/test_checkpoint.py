@@ -1,6 +1,7 @@
 """Checkpoints are whole or passed over; snapshots rebuild their model; nothing executes anything."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sivae_fast.checkpoint import (
     load,
     load_checkpoint,
     load_newest,
+    remove_after,
     save_checkpoint,
     save_snapshot,
 )
@@ -40,6 +42,17 @@ def test_newest_are_kept_and_read_back(tmp_path):
     found, state = load_newest(tmp_path)
     assert state["images"] == 40 and state["lod"] == 2
     assert torch.equal(found["model/a"], torch.full((3, 2), 40.0))
+
+
+def test_whoever_may_read_the_run_folder_may_read_the_weights(tmp_path, config):
+    before = os.umask(0o027)
+    try:
+        checkpoint = save_checkpoint(tmp_path, 10, tensors(1.0), {}, keep=1)
+        save_snapshot(tmp_path / "one.safetensors", make_model(config), config, 1)
+    finally:
+        os.umask(before)
+    for path in (checkpoint, checkpoint.with_suffix(".json"), tmp_path / "one.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o640, path.name
 
 
 def test_the_newest_planned_one_outlives_those_of_signals(tmp_path):
@@ -91,6 +104,45 @@ def test_no_checkpoint_at_all(tmp_path):
     assert load_newest(tmp_path / "nowhere") is None
 
 
+def test_files_of_other_names_are_left_alone(tmp_path, caplog):
+    """Neither taken for checkpoints, newest or oldest, nor counted among those that stay, nor removed."""
+    mine = [tmp_path / name for name in ("name.json", "-notes.json", "0000000020-copy.json", "20.json")]
+    for path in mine:
+        path.write_text('{"planned": true}')
+    for images in (10, 20, 30):
+        save_checkpoint(tmp_path, images, tensors(images), {"planned": True}, keep=2)
+    remove_after(tmp_path, 20)
+    assert load_newest(tmp_path)[1]["images"] == 20
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["0000000020.safetensors"]
+    assert all(path.exists() for path in mine) and not caplog.text
+
+
+def test_the_newest_is_that_of_the_most_images(tmp_path):
+    for images in (9_999_999_999, 10_000_000_000):
+        save_checkpoint(tmp_path, images, tensors(1.0), {}, keep=1)
+    assert load_newest(tmp_path)[1]["images"] == 10_000_000_000
+
+
+def test_checkpoints_that_are_all_damaged_are_not_taken_for_none(tmp_path, config):
+    folder = tmp_path / "checkpoints"
+    for images in (10, 20):
+        flip_a_bit(save_checkpoint(folder, images, tensors(1.0), {"planned": True}, keep=3))
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*/checkpoints can be used \(2 tried\)"):
+        load_newest(folder)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        load(tmp_path)
+    save_snapshot(tmp_path / "snapshots" / "0000000015.safetensors", make_model(config), config, 15)
+    assert load(tmp_path).images == 15
+    save_checkpoint(folder, 30, tensors(1.0), {"planned": False}, keep=3)
+    assert load_newest(folder, planned=True) is None
+
+
+def test_checkpoints_on_a_disk_that_is_not_there_are_not_taken_for_none(tmp_path):
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "unmounted" / "checkpoints")
+    with pytest.raises(FileNotFoundError, match=r"/checkpoints'$"):
+        load_newest(tmp_path / "checkpoints")
+
+
 def test_other_formats_are_named(tmp_path):
     path = save_checkpoint(tmp_path, 10, tensors(1.0), {}, keep=3)
     state = json.loads(path.with_suffix(".json").read_text())
@@ -134,6 +186,27 @@ def test_paths_stay_in_the_run_folder(tmp_path, data, expected):
     assert again.data.path == expected and again.objective.perceptual_weights == "vgg16.pth"
     (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
     assert load(path).config == load(tmp_path / "run").config == config
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is empty"),
+        (b"\0" * 64, "not valid YAML: .*"),
+        (b"\xff\xfe\xff", "not a text"),
+        (b"train: {bach: 3}", r"train\.bach: unknown key, did you mean train\.batch\?"),
+    ],
+)
+def test_a_damaged_configuration_is_that_of_the_run(tmp_path, config, content, why):
+    path = tmp_path / "00000-run" / "snapshots" / "0000000001.safetensors"
+    save_snapshot(path, make_model(config), config, 1)
+    settings = tmp_path / "00000-run" / "config.yaml"
+    settings.write_bytes(content)
+    for source in (path, tmp_path / "00000-run"):
+        with pytest.raises(CheckpointError, match=rf"^{settings}, .* cannot be used \({why}\): the command"):
+            load(source)
+    settings.unlink()
+    assert load(path).config == config
 
 
 def test_averaged_and_raw_weights_of_a_run(tmp_path, config):

@@ -1,3 +1,4 @@
+import io
 import logging
 import os
 import signal
@@ -8,6 +9,8 @@ import sys
 import pytest
 import yaml
 
+from sivae_fast import files
+from sivae_fast import run as run_module
 from sivae_fast.files import read_lines
 from sivae_fast.run import Events, Run, append_metric, read_metrics, read_stats
 
@@ -41,6 +44,47 @@ def test_find_gives_the_newest_run_of_the_same_name_and_hash(tmp_path):
     assert Run.find(tmp_path, "a", "2") == folders[2]
     assert Run.find(tmp_path, "a", "3") is None
     assert Run.find(tmp_path / "missing", "a", "1") is None
+
+
+def elastic(launch: str, attempt: int) -> dict[str, str]:
+    """As torchrun says where a rank leaves its error."""
+    return {"TORCHELASTIC_ERROR_FILE": f"/tmp/torchelastic_7f/{launch}/attempt_{attempt}/0/error.json"}
+
+
+def test_run_new_makes_one_run_a_launch(tmp_path, monkeypatch):
+    def start(environment: dict[str, str], new: bool = True) -> str:
+        for name in ("SIVAE_LAUNCH", "TORCHELASTIC_ERROR_FILE"):
+            monkeypatch.setenv(name, environment.get(name, ""))
+        folder = Run.to_resume(tmp_path, "a", "hash", new)
+        with Run.open(folder) if folder else Run.create(tmp_path, "a", {}, "hash") as run:
+            return run.folder.name[:5]
+
+    assert [start({}), start({}), start({}, new=False)] == ["00000", "00001", "00001"]
+    assert [start(elastic("none_x1", attempt)) for attempt in range(3)] == ["00002"] * 3
+    assert start(elastic("none_x2", 0)) == "00003"
+    assert start(elastic("none_x1", 3)) == "00002"  # not the newest
+    assert start({"SIVAE_LAUNCH": "job-7", **elastic("none_x3", 0)}) == "00004"
+    assert start({"SIVAE_LAUNCH": "job-7", **elastic("none_x4", 0)}) == "00004"  # the agent is another one
+    assert start({"TORCHELASTIC_ERROR_FILE": "/tmp/a/error.json"}) == "00005"  # somebody's own
+    assert start({"TORCHELASTIC_ERROR_FILE": "/tmp/a/error.json"}) == "00006"
+    assert start({}, new=False) == "00006"
+
+
+def test_a_run_of_an_earlier_version_is_found(tmp_path):
+    (tmp_path / "00000-a").mkdir()
+    (tmp_path / "00000-a" / "run.json").write_text('{"name": "a", "config_hash": "1"}\n')
+    assert Run.find(tmp_path, "a", "1") == tmp_path / "00000-a"
+    assert Run.find(tmp_path, "a", "1", launch="job-7") is None
+
+
+@pytest.mark.parametrize("content", ['{"name": "a", "conf', "", "[]"])
+def test_a_run_that_cannot_be_read_is_said(tmp_path, content, caplog):
+    with Run.create(tmp_path, "a", {}, "1") as run:
+        (run.folder / "run.json").write_text(content)
+    (tmp_path / "00001-a").mkdir()  # of a start that was cut short
+    assert Run.find(tmp_path, "a", "1") is None
+    (said,) = caplog.messages
+    assert said.startswith(f"{run.folder} is passed over: run.json cannot be read (")
 
 
 def test_a_run_in_use_is_refused_and_free_after_close(tmp_path):
@@ -109,6 +153,51 @@ def test_tensorboard_reads_the_events_and_forgets_what_a_resumed_run_repeats(tmp
     events = accumulator.EventAccumulator(str(run.folder)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(100, 100.0), (200, -1.0)]
     assert "images" not in events.Tags()["scalars"]
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """full(name): files with this in their names are on a disk that is full."""
+
+    def fill(name: str) -> None:
+        opened = io.open
+        place = lambda path: "/dev/full" if name in str(path) else path
+        mode = lambda path, given: given.replace("x", "w") if name in str(path) else given
+        opens = lambda path, how="r", *more, **options: opened(place(path), mode(path, how), *more, **options)
+        for module in (run_module, files):
+            monkeypatch.setattr(module, "open", opens, raising=False)
+
+    return fill
+
+
+def test_a_full_disk_leaves_no_empty_folders(tmp_path, full):
+    full("run.json")
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"no space left on the disk while writing .*00000-a/run\.json"):
+            Run.create(tmp_path, "a", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_costs_events_and_log_alone(tmp_path, full, monkeypatch, capfd):
+    pytest.importorskip("tensorboard")
+    run = Run.create(tmp_path, "a", {})
+    full("tfevents")
+    for images in (1, 2):
+        with pytest.raises(OSError, match="No space left"):
+            run.stats({"images": images, "loss": 0.0})
+    assert not list(run.folder.glob("events*"))
+    monkeypatch.undo()
+    run.stats({"images": 3, "loss": 0.0})
+    with open("/dev/full", "wb") as disk:
+        os.dup2(disk.fileno(), run._events._file.fileno())
+        os.dup2(disk.fileno(), run._log.stream.fileno())
+    with pytest.raises(OSError, match="No space left"):
+        run.stats({"images": 4, "loss": 0.0})
+    logging.getLogger("sivae_fast").info("said on the console")
+    run.close()
+    assert [line["images"] for line in read_stats(run.folder)] == [1, 2, 3, 4]
+    assert "Traceback" not in capfd.readouterr().err
+    Run.open(run.folder).close()
 
 
 def test_missing_tensorboard_is_said_once(tmp_path, monkeypatch, caplog):

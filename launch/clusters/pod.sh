@@ -12,7 +12,7 @@ set -euo pipefail
 : "${NODE_RANK:?is not set: the number of this node, 0 for the first}"
 : "${PROCESSES:?is not set: the processes of this node}"
 : "${MASTER_ADDR:?is not set: the address of node 0 that every node reaches}"
-: "${1:?no program: launch/train.py, then its arguments}"
+: "${1:?no program: launch/doctor.py or launch/train.py, then its arguments}"
 
 here=$(dirname "$(readlink -f "$0")")
 
@@ -28,5 +28,6 @@ while kill -0 "$runner" 2>/dev/null; do # a trapped signal ends `wait` early
   wait "$runner" || code=$?
 done
 [ "$code" = 0 ] || exit "$code"
+[ "${1##*/}" != doctor.py ] || exit 0 # which ends with its checks
 # Nodes that were not evicted themselves end well when another one is, and what ends well is not started again.
 exec python3 "$@" --finished

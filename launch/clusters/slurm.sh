@@ -23,6 +23,7 @@ set -euo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
+export SIVAE_LAUNCH="slurm-$SLURM_JOB_ID" # with run.new=true, a job that comes back resumes the run it began
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 # seconds to save; torchrun's default is 30
 
 # To the tasks by scancel: srun itself kills its tasks at a SIGTERM.

@@ -162,7 +162,8 @@ def _check_passes(config: Config, model: Model) -> None:
 
 def _batch_of_run(config: Config):
     """The batch of the run that is to be resumed; None where there is none."""
-    folder = None if config.run.new else Run.find(config.run.folder, config.run.name, config.identity())
+    run = config.run
+    folder = Run.to_resume(run.folder, run.name, config.identity(), run.new)
     if folder is None or not (folder / "config.yaml").is_file():
         return None
     return load_config(folder / "config.yaml").train.batch

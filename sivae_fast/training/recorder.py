@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sivae_fast.checkpoint import save_checkpoint, save_snapshot
+from sivae_fast.checkpoint import CheckpointError, run_config, save_checkpoint, save_snapshot
+from sivae_fast.config import Config
 from sivae_fast.progress import Progress
 from sivae_fast.run import Run, read_metrics
 from sivae_fast.systems import save_picture
@@ -105,8 +106,9 @@ class Recorder:
 
     def _open(self) -> Run:
         config, identity = self._trainer.config, self._trainer.identity
-        folder = None if config.run.new else Run.find(config.run.folder, config.run.name, identity)
+        folder = Run.to_resume(config.run.folder, config.run.name, identity, config.run.new)
         if folder is None:
+            _say_what_differs(config)
             return Run.create(config.run.folder, config.run.name, config.to_dict(), identity)
         run = Run.open(folder)
         run.write_config(config.to_dict())
@@ -237,6 +239,35 @@ class Recorder:
         box = [text]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+
+def _say_what_differs(config: Config) -> None:
+    """A run of this name and of other settings is not resumed: whoever expects that learns why."""
+    before = None if config.run.new else Run.find(config.run.folder, config.run.name)
+    if before is None:
+        return
+    differing = []
+    with contextlib.suppress(CheckpointError):
+        there = run_config(before)
+        differing = _differing(config, there) if there else []
+    what = "; ".join(differing[:5]) or "it is of another version"
+    logger.info("a new run, since %s has other settings: %s", before, what)
+
+
+def _differing(here: Config, there: Config) -> list[str]:
+    """The settings of `here` with which a run of `there` would not be resumed."""
+    found = []
+    for section in type(here).model_fields:
+        now, before = getattr(here, section), getattr(there, section)
+        if type(now) is not type(before):
+            found.append(f"{section}.kind={now.kind}, there {before.kind}")
+            continue
+        for key in type(now).model_fields:
+            value, old = getattr(now, key), getattr(before, key)
+            changed = there.model_copy(update={section: before.model_copy(update={key: value})})
+            if value != old and changed.identity() != there.identity():
+                found.append(f"{section}.{key}={value}, there {old}")
+    return found
 
 
 def _note(values: dict[str, float], stage) -> str:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sivae_fast.checkpoint import load_newest, load_weights, part, remove_after
-from sivae_fast.training.agreement import check_parameters
+from sivae_fast.training.agreement import check_parameters, on_all_ranks
 from sivae_fast.training.guard import Diverged
 
 logger = logging.getLogger("sivae_fast")
@@ -51,8 +51,10 @@ def restore(trainer, planned: bool = False) -> bool:
     """Brings the trainer to the newest whole checkpoint of its run; False where there is none. Collective.
 
     planned: passes over those that a signal caused.
+    Raises CheckpointError where there are some and none is whole, or they are of another model.
     """
-    found = load_newest(trainer.recorder.checkpoints, planned) if trainer.rank == 0 else None
+    folder = trainer.recorder.checkpoints
+    found = on_all_ranks(lambda: load_newest(folder, planned) if trainer.rank == 0 else None)
     found = _from_first_rank(found, trainer.world)
     if found is None:
         return False

@@ -117,6 +117,9 @@ def test_slurm_script_fits_the_elastic_launcher(stubs, tmp_path):
     assert (options.nnodes, options.node_rank, options.nproc_per_node) == ("2", 1, "8")
     assert (options.master_addr, options.master_port) == ("node-0", 32345)
     assert (options.training_script, options.training_script_args) == ("launch/train.py", ["a=1"])
+    stubs("python3", f'echo "$SIVAE_LAUNCH" > {tmp_path}/launch')
+    assert run_script("slurm.sh", stubs, "launch/train.py", **SLURM).returncode == 0
+    assert (tmp_path / "launch").read_text() == "slurm-12345\n"
 
 
 def test_slurm_script_reports_a_failure_and_stays_out_of_the_queue(stubs, tmp_path):
@@ -140,6 +143,13 @@ def test_pod_script_fits_the_elastic_launcher(stubs, tmp_path):
     assert asked == ["launch/train.py", "a=1", "--finished"]
 
 
+def test_pod_script_asks_the_doctor_once(stubs, tmp_path):
+    stubs("python3", recording(tmp_path / "arguments"))
+    assert run_script("pod.sh", stubs, "launch/doctor.py", **POD).returncode == 0
+    (started,) = (json.loads(line) for line in (tmp_path / "arguments").read_text().splitlines())
+    assert elastic_options(started).training_script == "launch/doctor.py"
+
+
 def test_pod_script_hands_a_failure_on(stubs, tmp_path):
     stubs("python3", f"echo >> {tmp_path}/calls; exit 3")
     assert run_script("pod.sh", stubs, "launch/train.py", **POD).returncode == 3
@@ -153,7 +163,7 @@ def test_kubernetes_job_is_consistent():
     name = job["metadata"]["name"]
     script, program, config_flag, *overrides = container["command"]
     assert (ROOT / script) == CLUSTERS / "pod.sh" and program == "launch/train.py"
-    values = {variable["name"]: variable["value"] for variable in container["env"]}
+    values = {variable["name"]: variable.get("value") for variable in container["env"]}
     assert spec["completions"] == spec["parallelism"] == int(values["NODES"])
     assert values["NODE_RANK"] == "$(JOB_COMPLETION_INDEX)"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == int(values["PROCESSES"])
@@ -163,6 +173,8 @@ def test_kubernetes_job_is_consistent():
     assert service["spec"]["ports"][0]["port"] == 29500  # what pod.sh takes by itself
     (codes,) = (r["onExitCodes"]["values"] for r in spec["podFailurePolicy"]["rules"] if "onExitCodes" in r)
     assert codes == [75]
+    (label,) = (v["valueFrom"]["fieldRef"] for v in container["env"] if v["name"] == "SIVAE_LAUNCH")
+    assert label == {"fieldPath": "metadata.labels['batch.kubernetes.io/controller-uid']"}  # that of the Job
     (grace,) = (int(v["value"]) for v in container["env"] if v["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     assert pod["terminationGracePeriodSeconds"] > grace
     config = load_config(ROOT / config_flag.removeprefix("--config="), overrides)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.fault_scenarios import PROGRAM, SCENARIOS, SETTINGS, Bench, Launch, assert_same
+from bench.fault_scenarios import ELASTIC, PROGRAM, SCENARIOS, SETTINGS, Bench, Launch, assert_same
 from bench.soak import soak
 from sivae_fast import files
 from sivae_fast.checkpoint import CheckpointError, load_checkpoint, load_newest
@@ -73,6 +73,18 @@ def test_the_loop_of_the_page_starts_a_killed_run_again(bench, tmp_path):
     assert len({step["process"] for step in steps}) == 2
     assert (tmp_path / "slept").read_text() == "10\n"
     bench.assert_as_undisturbed("looped", ranks=1)
+
+
+@pytest.mark.parametrize("agent", [str(ELASTIC), "-mtorch.distributed.run"], ids=["elastic", "torchrun"])
+def test_run_new_begins_one_run_under_an_agent_that_starts_ranks_again(bench, tmp_path, agent):
+    settings = {**SETTINGS, "data.path": bench.images, "run.folder": tmp_path / "runs", "run.new": "true"}
+    options = ["--standalone", "--max-restarts", "1"]
+    command = [sys.executable, agent, *options, str(PROGRAM), *(f"{k}={v}" for k, v in settings.items())]
+    fault = {"kind": "kill", "rank": 0, "images": 80, "events": str(tmp_path / "events.jsonl")}
+    for number in range(2):  # the second launch is undisturbed: a fault happens once
+        assert Launch([(command, {"FAULT": json.dumps(fault)})], tmp_path).wait() == [0]
+        assert len(list((tmp_path / "runs").iterdir())) == number + 1
+    assert_same(*(tmp_path / "runs").iterdir())
 
 
 @pytest.fixture
@@ -267,6 +279,41 @@ def test_checksums_tell_image_sets_apart(image_folder, tmp_path, kind):
 def test_checksums_tell_held_items_apart():
     items = torch.arange(300.0).view(100, 3)
     assert Held(items).checksum() == Held(items.clone()).checksum() != Held(items + 1).checksum()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(training):
+    folder = training("run", train__images=64)
+    for path in (folder / "checkpoints").glob("*.safetensors"):
+        path.write_bytes(b"")
+    kept = (folder / "stats.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used .*: bring a whole one"):
+        training("run", train__images=80)
+    assert (folder / "stats.jsonl").read_bytes() == kept and kept.count(b"\n") == 4
+    (folder / "checkpoints").rename(folder / "damaged")
+    assert load_newest(training("run", train__images=80) / "checkpoints")[1]["images"] == 80
+
+
+def test_a_run_that_is_not_resumed_says_why(training, caplog):
+    folder = training("run", train__images=16)
+    assert "a new run" not in caplog.text
+    training("run", train__images=16, train__seed=7, run__tick=32, model__mapping_layers=1)
+    said = "model.mapping_layers=1, there 2; train.seed=7, there 0"
+    assert f"a new run, since {folder} has other settings: {said}" in caplog.messages
+    caplog.clear()
+    training("run", train__images=16, run__new="true")
+    training("run", train__images=32, run__tick=32)
+    assert "a new run" not in caplog.text
+    facts = json.loads((folder / "run.json").read_text())
+    for path in folder.parent.glob("*/run.json"):
+        path.write_text(json.dumps({**facts, "config_hash": "of another version"}))
+    training("run", train__images=16)
+    assert "has other settings: it is of another version" in caplog.text
+
+
+def test_settings_of_another_kind_are_said_without_a_warning(recwarn):
+    style, residual = make_config({}), make_config({"model": {"kind": "residual"}, "run": {"tick": 5}})
+    assert recorder._differing(residual, style) == ["model.kind=residual, there style"]
+    assert not recwarn.list
 
 
 def test_changed_data_are_said_on_resume(training, image_folder, tmp_path, caplog):

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from bench.fault_scenarios import ELASTIC, SETTINGS, Bench, Launch, free_port
+from launch.elastic import ENDING
 from sivae_fast.training import meeting
 from sivae_fast.training.engine import distributed
 from sivae_fast.training.meeting import meeting_point, source_address, store_at
@@ -226,6 +227,26 @@ def test_all_processes_of_a_run_listen_at_the_meeting_point_alone(tmp_path, star
     assert {address for address, _ in found} == {"127.0.0.1"}
     assert len(found) >= 3  # a store, and gloo in each rank
     assert "stopped at" in launch.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_agent_ends_the_others_at_once(tmp_path, signalled):
+    """Else they would hold the store for ENDING seconds, and a node that comes back would join that."""
+    bench = Bench(tmp_path)
+    launch = two_static_agents(bench, train__images=10**9, growth__images_per_level=10**9)
+    try:
+        while not list(bench.place("run").glob("runs/*/stats.jsonl")):
+            assert all(process.poll() is None for process in launch.processes), launch.text()
+            time.sleep(0.1)
+        launch.processes[signalled].send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert launch.wait(60)[1 - signalled] == 0
+        assert time.monotonic() - started < ENDING / 2
+    finally:
+        launch.kill()
+    assert "stopped at" in launch.text() and "Traceback" not in launch.text()
+    assert launch.text(signalled).endswith("stopped by SIGTERM\n")
 
 
 def test_the_launcher_says_what_is_wrong_with_its_address():
