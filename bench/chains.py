@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from measure import Captured, copy_bandwidth, machine, reason, rounds, save, second_level_cache, wall
+from measure import Captured, copy_bandwidth, each, machine, reason, rounds, save, second_level_cache, wall
 from torch import Tensor
 
 from sivae_fast.config import load_config
@@ -137,18 +138,16 @@ def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> l
     del wide, outputs
     base = {"chain": kind, "batch": batch, "channels": channels, "side": side}
     rows, sound = [], {}
-    for name, run in providers(device).items():
-        try:
-            errors = misses(run, case, exact)
-        except Exception as error:
-            rows.append({**base, "provider": name, "refused": reason(error)})
-            continue
+    runs, refused = providers(device), {}
+    missed = each({name: partial(misses, run, case, exact) for name, run in runs.items()}, refused)
+    for name, errors in missed.items():
         limits = (LIMITS if name == "fused" else OF_PLAIN)[dtype]
         known = dict(zip(("error", "gradient_error"), errors, strict=True))
         if all(error <= limit for error, limit in zip(errors, limits, strict=True)):  # NaN is refused, too
-            sound[name] = (run, known)
+            sound[name] = (runs[name], known)
         else:
             rows.append({**base, "provider": name, "refused": "misses float64", **known})
+    rows += [{**base, "provider": name, "refused": why} for name, why in refused.items()]
     del exact
     cases, state = rotated(case, lambda seed: Case(kind, batch, channels, side, dtype, device, seed), device)
     for direction in DIRECTIONS:
@@ -156,13 +155,19 @@ def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> l
             name: lambda run=run, direction=direction: [call(run, case, direction) for case in cases]
             for name, (run, _) in sound.items()
         }
-        calls = {name: make() for name, make in makers.items()}
-        times = {"wall_ms": rounds({n: lambda c=c: wall(c, device, seconds) for n, c in calls.items()}, 3)}
+        refused = {}
+        calls = each(makers, refused)
+        times = {"wall_ms": rounds({n: partial(wall, c, device, seconds) for n, c in calls.items()}, 3)}
         if device == "cuda":
-            graphs = {name: Captured(make) for name, make in makers.items()}
+            graphs = each({name: partial(Captured, makers[name]) for name in calls}, refused)
             times["gpu_ms"] = rounds({name: graph.seconds for name, graph in graphs.items()}, 5)
+        rows += [
+            {**base, "provider": name, "refused": f"{direction}: {why}"} for name, why in refused.items()
+        ]
         least = passes(side, direction) * case.inputs[0].numel() * case.inputs[0].element_size()
         for name, (_, errors) in sound.items():
+            if name in refused:
+                continue
             row = {
                 **base,
                 "provider": name,

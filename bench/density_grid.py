@@ -1,6 +1,6 @@
 """Hyper-parameters of IntroVAE on the densities, of which no published ones were found: a small grid.
 
-    python bench/density_grid.py     writes bench/results/density_grid.json after every run; resumable
+    python bench/density_grid.py     writes --out, bench/results/density_grid.json, after every run; resumable
 
 The first 5,000 iterations of the published schedule with the hinge of each sample: margins beside each
 density's weights for Soft-IntroVAE and, higher, beside those for a VAE, whose posteriors hold more nats. For
@@ -32,7 +32,7 @@ RESULT = REPOSITORY / "bench" / "results" / "density_grid.json"
 SETTINGS = [("soft_introvae", margin) for margin in (2.0, 2.5, 3.0)]
 SETTINGS += [("vae", margin) for margin in (4.0, 6.0)]
 FIXED = {"hinge": "sample", "beta_neg": 0.5}
-SHORT = ["train.images=2560000"]
+SHORT = ["train.images=2560000", "train.precision=fp32"]
 
 
 def score(density: str, weights: str, margin: float) -> float:
@@ -62,8 +62,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: the committed file")
     options = parser.parse_args()
-    found = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else []
+    out = options.out
+    found = json.loads(out.read_text())["runs"] if out.exists() else []
     done = [(row["density"], row["weights"], row["margin"]) for row in found]
     runs = [(density, *setting) for setting in SETTINGS for density in DENSITIES]
     with ProcessPoolExecutor(options.jobs) as pool:
@@ -74,7 +76,7 @@ def main() -> None:
             found.append({"density": density, **values, "kl_nats": future.result()})
             found.sort(key=lambda row: (DENSITIES.index(row["density"]), row["kl_nats"]))
             record = {"command": "python bench/density_grid.py", "schedule": SHORT, "of": len(runs)}
-            write_text(RESULT, json.dumps({**record, "runs": found}, indent=1) + "\n")
+            write_text(out, json.dumps({**record, "runs": found}, indent=1) + "\n")
             print(f"{len(found)}/{len(runs)}", density, weights, margin, future.result(), flush=True)
 
 

@@ -2,9 +2,10 @@
 
     python bench/density_kl.py RUN [RUN ...]     run folders of one density, e.g. of bench/densities.py --runs
 
-Writes bench/results/density_kl-<density>.json: for each run, and for the data as their own model, ten pairs
-of 5,000 points each where the protocol takes one; how far single pairs are apart; what share of the KL comes
-from bins without samples; and how many samples lie in bins that none of 400,000 data points hits.
+Writes density_kl-<density>.json under --out (bench/results): for each run, and for the data as their own
+model, ten pairs of 5,000 points each where the protocol takes one; how far single pairs are apart; what share
+of the KL comes from bins without samples; and how many samples lie in bins that none of 400,000 data points
+hits.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path)
-    models = [load(run).eval() for run in parser.parse_args().runs]
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
+    options = parser.parse_args()
+    models = [load(run).eval() for run in options.runs]
     names = {model.config.data.name for model in models}
     if len(names) > 1:
         raise SystemExit(f"error: the runs are of {', '.join(sorted(names))}: accepted is one density")
@@ -68,7 +71,7 @@ def main() -> None:
         found[model.config.run.name] = {"images": model.images, **look(draw, data)}
         print(model.config.run.name, json.dumps(found[model.config.run.name], indent=1), flush=True)
     record = {"command": "python bench/density_kl.py RUN ...", **machine("cpu"), "models": found}
-    write_text(RESULTS / f"density_kl-{data.name}.json", json.dumps(record, indent=1) + "\n")
+    write_text(options.out / f"density_kl-{data.name}.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Images per second of the loaders, and what resizing offline is worth.
 
-    python bench/loader.py     writes bench/results/loader-cpu.json
+    python bench/loader.py     writes --out, bench/results/loader-cpu.json
 
 Made photographs (512 x 512 JPEG) are prepared to 256 x 256 as PNG (stored without compression), as PNG
 compressed like most people's, and as JPEG. Every row of the table delivers the same uint8 batches in the
@@ -34,6 +34,7 @@ from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.loader import ImageLoader
 from sivae_fast.data.prepare import prepare
 from sivae_fast.data.sampler import Sampler
+from sivae_fast.files import write_text
 
 COUNT, EPOCHS, BATCH, WORKERS, LARGE, SMALL = 400, 2, 16, 2, 512, 256
 KINDS = ("png", "compressed-png", "jpeg")
@@ -216,7 +217,7 @@ def main() -> None:
         "rows": table,
         "ratios": ratios(table),
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(options.out, json.dumps(result, indent=1) + "\n")
     for name, row in table.items():
         wall, cpu = row["images_per_second"], row["images_per_cpu_second"]
         print(f"{name:58} {wall:8.0f} images/s {cpu:8.0f} per CPU second")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 from measure import (
     Captured,
     copy_bandwidth,
+    each,
     launches,
     machine,
     memory,
@@ -185,8 +187,10 @@ def least_bytes(i: Inputs, provider: str, direction: str) -> int:
     return {"forward": reads, "backward": reads + writes, "both": 2 * reads + writes}[direction]
 
 
-def times(runs: dict, sets: list[Inputs], direction: str, device: str) -> dict[str, dict[str, float]]:
-    """Milliseconds by provider: of the GPU alone, and from Python."""
+def times(
+    runs: dict, sets: list[Inputs], direction: str, device: str, refused: dict[str, str]
+) -> dict[str, dict[str, float]]:
+    """Milliseconds by provider: of the GPU alone, and from Python; `refused` says of which there are none."""
     makers = {}
     for name, run in runs.items():
         if "single" in name and direction == "backward":
@@ -194,15 +198,15 @@ def times(runs: dict, sets: list[Inputs], direction: str, device: str) -> dict[s
         makers[name] = lambda run=run: [call(run, i, direction) for i in sets]
     found = {name: {} for name in makers}
     if device == "cuda":
-        graphs = {name: Captured(make) for name, make in makers.items()}
+        graphs = each({name: partial(Captured, make) for name, make in makers.items()}, refused)
         for name, seconds in rounds({name: graph.seconds for name, graph in graphs.items()}, 5).items():
             found[name] |= seconds.row("gpu_ms")
         del graphs
-    calls = {name: make() for name, make in makers.items()}
-    walls = {name: lambda each=each: wall(each, device, 0.1) for name, each in calls.items()}
+    calls = each({name: make for name, make in makers.items() if name not in refused}, refused)
+    walls = {name: partial(wall, sets_of, device, 0.1) for name, sets_of in calls.items()}
     for name, seconds in rounds(walls, 3).items():
         found[name] |= seconds.row("wall_ms")
-    return found
+    return {name: row for name, row in found.items() if name not in refused}
 
 
 def measure(size: str, batch: int, dtype: torch.dtype, device: str, bandwidth: float | None) -> list[dict]:
@@ -210,17 +214,13 @@ def measure(size: str, batch: int, dtype: torch.dtype, device: str, bandwidth: f
     first = Inputs.make(size, batch, dtype, device)
     base = {"size": size, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
     rows, sound = [], {}
-    runs = providers(first)
-    for name, run in runs.items():
-        try:
-            errors = misses(run, first)
-        except Exception as error:
-            rows.append({**base, "provider": name, "refused": reason(error)})
-            continue
+    runs, refused = providers(first), {}
+    for name, errors in each({n: partial(misses, run, first) for n, run in runs.items()}, refused).items():
         if sound_errors(name, errors, dtype):
             sound[name] = errors
         else:
             rows.append({**base, "provider": name, "refused": "misses float64", **errors})
+    rows += [{**base, "provider": name, "refused": why} for name, why in refused.items()]
     copies = min(1 + 3 * second_level_cache(device) // first.bytes, 32)
     sets = [first, *(Inputs.make(size, batch, dtype, device) for _ in range(copies - 1))]
     rotating = "cold" if copies * first.bytes > 3 * second_level_cache(device) else f"{copies} sets"
@@ -232,9 +232,15 @@ def measure(size: str, batch: int, dtype: torch.dtype, device: str, bandwidth: f
             runs = providers(first, repeated=True)
         runs = {name: runs[name] for name in sound}
         count = device == "cuda" and direction == "both"
-        counted = {name: costs(run, first) for name, run in runs.items()} if count else {}
+        uncounted: dict[str, str] = {}
+        counted = each({n: partial(costs, run, first) for n, run in runs.items() if count}, uncounted)
+        rows += [{**base, "provider": n, "refused": f"costs: {why}"} for n, why in uncounted.items()]
         for state, members in states.items():
-            for name, found in times(runs, members, direction, device).items():
+            refused = {}
+            timed = times(runs, members, direction, device, refused)
+            why = {name: f"{direction}, {state}: {why}" for name, why in refused.items()}
+            rows += [{**base, "provider": name, "refused": why[name]} for name in why]
+            for name, found in timed.items():
                 row = {**base, "provider": name, "direction": direction, "cache": state, **found}
                 row |= sound[name]
                 if bandwidth and "gpu_ms" in found:

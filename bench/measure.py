@@ -11,13 +11,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from sivae_fast.files import write_text
 
 Call = Callable[[], object]
+T = TypeVar("T")
 
 
 def commit() -> str:
@@ -142,6 +143,17 @@ def reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {error}"[:500]
+
+
+def each(calls: dict[str, Callable[[], T]], refused: dict[str, str]) -> dict[str, T]:
+    """What the calls return; of one that fails `refused` says why."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            found[name] = call()
+        except Exception as error:
+            refused[name] = reason(error)
+    return found
 
 
 def pyplot(path: Path):

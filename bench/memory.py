@@ -3,8 +3,9 @@
     python bench/memory.py [--resolution 64] [--batches 2 4 8]
 
 Writes memory-<device>.json and .png under bench/results. A number is what one iteration adds at its peak to a
-process that holds networks, optimizer states and inputs; each is measured in a process of its own, and one
-that fails says why in its place. On a CPU it is resident memory (Linux), on a GPU what PyTorch allocated.
+process that holds networks, optimizer states and inputs, and the plain trainer's also the gradients of the
+iteration before, which it keeps; each is measured in a process of its own, and one that fails says why in its
+place. On a CPU it is resident memory (Linux), on a GPU what PyTorch allocated.
 """
 
 from __future__ import annotations

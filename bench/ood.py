@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60_000, help="images seen in training")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--norm", choices=("batch", "group"), default="batch")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, list[dict]] = {name: [] for name in OBJECTIVES}

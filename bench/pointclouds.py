@@ -43,7 +43,7 @@ DRAWS = 3  # sets of samples of one estimate, as published
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="run folder")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     start = time.process_time()

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--images-per-gpu", type=int, help="images of that iteration")
     parser.add_argument("--link-gbps", type=float, help="gigabits per second of the slowest link of a GPU")
     parser.add_argument("--latency-us", type=float, help="microseconds of an all-reduce of one number")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="file; without it the result is printed alone")
     options = parser.parse_args()
     from measure import machine
 

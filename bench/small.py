@@ -37,7 +37,7 @@ from sivae_fast.training.loop import Trainer
 
 REPOSITORY = Path(__file__).parents[1]
 SYSTEMS = {
-    "density": ["launch/configs/density-8gaussians.yaml", "train.warmup_images=0"],
+    "density": ["launch/configs/density-8gaussians.yaml", "train.warmup_images=0", "train.precision=fp32"],
     "residual": ["launch/configs/cifar10.yaml", "data.path={pictures}", "data.loader=torch"],
 }
 TINY = {
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each contender in each round")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="file; without it the result is printed alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

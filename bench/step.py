@@ -4,9 +4,10 @@
 
 A row holds the median of its rounds. On the CPU rounds of all are interleaved and the clock is processor
 time, so that other programs on the machine do not count; on a GPU each provider has the memory to itself.
-Before timing, one float64 update of each must agree to 1e-10, and on a GPU one float32 and one bf16 update
-there to what rounding allows; otherwise nothing is written. On a GPU there are also bf16, compiled and
-captured versions; --batches then tries several batches and each provider counts with its best.
+Before timing, one float64 update of each must agree to 1e-10, otherwise nothing is timed, and on a GPU one
+float32 and one bf16 update there to what rounding allows: a precision that misses this has no rows, `refused`
+says why, and the exit code is 1. On a GPU there are also bf16, compiled and captured versions; --batches then
+tries several batches and each provider counts with its best.
 
 All run under the settings of `launch/train.py`: the fastest of cuDNN's algorithms, TF32 convolutions, float32
 matrix products. Beside them "plain, TF32" multiplies matrices in TF32, too, which a user of the plain trainer
@@ -22,7 +23,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from sivae_fast.training.step import Step
 
 WEIGHTS = {"beta_rec": 0.1, "beta_kl": 0.2, "beta_neg": 512.0, "scale": 5e-6}
 Iteration = Callable[[torch.Tensor, Draws], None]
+Makers = dict[str, Callable[[StyleModel], Iteration]]
 
 
 class Ours:
@@ -102,7 +104,7 @@ class WithTF32:
             torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def providers(device: torch.device) -> dict[str, Callable[[StyleModel], Iteration]]:
+def providers(device: torch.device) -> Makers:
     plain = lambda model, **options: PlainTrainer(
         PlainStyle(model).to(device), **WEIGHTS, learning_rate=2e-5, **options
     )
@@ -124,14 +126,19 @@ def providers(device: torch.device) -> dict[str, Callable[[StyleModel], Iteratio
     return found
 
 
-def measure(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    """After each row the result so far."""
+def precision(provider: str) -> str:
+    return "bf16" if "bf16" in provider else "float32"
+
+
+def measure(options: argparse.Namespace, device: torch.device, refused: Collection[str]) -> Iterator[dict]:
+    """After each row the result so far; `refused`: precisions that have none."""
     facts = machine(device.type)
     torch.manual_seed(0)
     model = StyleModel(options.resolution, start_channels=options.start_channels).to(device)
-    rows = []
+    rows, makers = [], providers(device)
+    makers = {name: make for name, make in makers.items() if precision(name) not in refused}
     for batch in options.batches:
-        for row in measure_batch(model, batch, options.rounds, device, alone=device.type == "cuda"):
+        for row in measure_batch(model, batch, options.rounds, device, makers, alone=device.type == "cuda"):
             rows.append(row)
             yield {
                 "command": f"python bench/step.py --resolution {options.resolution} --batches "
@@ -161,11 +168,10 @@ def compare(rows: list[dict]) -> dict[str, dict]:
 
 
 def measure_batch(
-    model: StyleModel, batch: int, rounds: int, device: torch.device, alone: bool
+    model: StyleModel, batch: int, rounds: int, device: torch.device, makers: Makers, alone: bool
 ) -> Iterator[dict]:
     """A row a provider; `alone`: one after the other, each with the memory to itself."""
     x = torch.randn(batch, 3, model.resolution, model.resolution, device=device)
-    makers = providers(device)
     if not alone:
         made = {name: make(copy.deepcopy(model)) for name, make in makers.items()}
         found = timed_rounds(made, x, 1, rounds, device)
@@ -256,15 +262,25 @@ def largest_difference(
     return max(float((a - b).norm() / (a.norm() + 1e-12)) for a, b in both)
 
 
-def differences(device: torch.device) -> dict[str, tuple[float, float]]:
-    """Largest difference and what is allowed, by precision; those of a GPU on it, with exact convolutions."""
-    found = {"float64": (largest_difference(), 1e-10)}
+def differences(device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
+    """Largest difference by precision, those of a GPU on it with exact convolutions; why some are refused."""
+    checks = {"float64": (largest_difference, 1e-10)}
     if device.type == "cuda":
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            found["float32"] = largest_difference(device, torch.float32), 1e-3
-            # Maps of 4x4 pixels are normalised here: on a CPU, too, rounding to bf16 changes this by 0.25.
-            found["bf16"] = largest_difference(device, torch.float32, torch.bfloat16), 0.5
-    return found
+        checks["float32"] = functools.partial(largest_difference, device, torch.float32), 1e-3
+        # Maps of 4x4 pixels are normalised here: on a CPU, too, rounding to bf16 changes this by 0.25.
+        half = functools.partial(largest_difference, device, torch.float32, torch.bfloat16)
+        checks["bf16"] = half, 0.5
+    found, refused = {}, {}
+    for name, (check, limit) in checks.items():
+        try:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                found[name] = check()
+        except Exception as error:
+            refused[name] = reason(error)
+            continue
+        if not found[name] <= limit:  # NaN is refused, too
+            refused[name] = f"the updates differ by {found[name]:.1e}, accepted is {limit:.0e}"
+    return found, refused
 
 
 def gradients(iteration: PlainTrainer | Ours, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -293,20 +309,22 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="file; without it the result is printed alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare(device)
-    agreement = differences(device)
-    for name, (difference, limit) in agreement.items():
-        if not difference <= limit:
-            raise SystemExit(f"the updates differ by {difference:.1e} in {name}: no timing")
-    for result in measure(options, device):
-        result["updates_differ_at_most"] = {k: v for k, (v, _) in agreement.items()}
+    found, refused = differences(device)
+    if "float64" in refused:  # then the versions are not the same iteration
+        raise SystemExit(f"error: float64: {refused['float64']}: no timing")
+    checks = result = {"updates_differ_at_most": found, "refused": refused}
+    for result in measure(options, device, refused):
+        result |= checks
         if options.out:
             save(options.out, result)
     print(json.dumps(result, indent=1))
+    if refused:
+        raise SystemExit(f"error: not timed: {refused}")
 
 
 if __name__ == "__main__":

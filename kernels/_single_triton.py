@@ -5,11 +5,12 @@ still in registers, it waits for the other programs of the sample, adds up the s
 writes the gradients of its chunk: 6 instead of 10 bytes a bf16 element and pair, at an upstream gradient of
 1.
 
-Why it cannot hang: programs take their work by a ticket, in the order in which they start, so when one runs,
-all with lower tickets have started. The unfinished sample with the lowest tickets therefore misses only
-programs that run, or that will start as soon as a multiprocessor has room, provided that all programs of
-one sample fit on the device at once. `fits` checks that with one program a multiprocessor and some
-multiprocessors left to others.
+Why it cannot hang: no program waits for long. Programs take their work by a ticket, in the order in which
+they start, so that those of a sample run at the same time where nothing else holds the device. Launches of
+several streams can hold it: each has begun a sample, and none has room for the rest of it. So a program
+leaves after some looks at the sample's counter and marks there that it did, and the last to arrive, which
+never waits, writes what was left. Arrivals and marks are one word: whoever marks after the last arrival
+reads it and stays, whoever marks before it is read by it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ from .reference import Member
 
 _OTHERS = 32  # multiprocessors left to kernels of other streams, such as those of NCCL
 
-WHOLE, REDUCE, APPLY = (tl.constexpr(i) for i in range(3))
+#: Looks at a counter before a program leaves its chunk to the last one to arrive: chosen, not measured.
+LOOKS = 10_000
+#: Added to a sample's counter by a program that leaves; below it the counter holds arrivals.
+LEFT = tl.constexpr(1 << 16)
 
 
 @triton.jit
@@ -49,7 +53,7 @@ def single_kernel(
     images, image_strides, image_gradients, means, mean_strides, mean_gradients,
     logvars, logvar_strides, logvar_gradients, errors, error_strides, error_gradients,
     weights, partial, kls, shares,  # as in reduce_kernel
-    counters,  # [B + 3] int32, zero: arrivals at each sample, samples finished, tickets taken (two launches)
+    counters,  # [B + 2] int32, zero: those of each sample, samples finished, tickets taken
     statistics, coefficients, loss,
     samples, n, z, chunks,
     prior_logvar, low, high, delta,
@@ -60,37 +64,46 @@ def single_kernel(
     SLOTS: tl.constexpr,
     BLOCK_Z: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    PART: tl.constexpr,  # REDUCE and APPLY: the two halves, for the interpreter, where programs run in turn
+    PATIENCE: tl.constexpr,
 ):  # fmt: skip
-    ticket = tl.atomic_add(counters + samples + 1 + PART // 2, 1, sem="relaxed")
+    ticket = tl.atomic_add(counters + samples + 1, 1, sem="relaxed")
     sample = (ticket // (chunks + 1)).to(tl.int64)
     chunk = ticket % (chunks + 1)
     offsets = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = (offsets < n) & (chunk < chunks)
     values = load_images(images, image_strides, sample, offsets, inside, "evict_first")
-    if PART != APPLY:
-        if chunk < chunks:
-            slots = partial + sample * SOURCES * chunks + chunk
-            sum_errors(values, inside, slots, chunks, delta, LAYOUT, SOURCES, KIND)
-        else:
-            sum_kls(
-                means, mean_strides, logvars, logvar_strides, sample, kls + sample * SOURCES, z,
-                prior_logvar, low, high, LAYOUT, SOURCES, BLOCK_Z,
-            )  # fmt: skip
-        tl.debug_barrier()  # every thread's stores come before the arrival
-        tl.atomic_add(counters + sample, 1, sem="acq_rel")
-    if PART != REDUCE:
-        while tl.atomic_add(counters + sample, 0, sem="acquire") <= chunks:
-            pass
+    if chunk < chunks:
+        slots = partial + sample * SOURCES * chunks + chunk
+        sum_errors(values, inside, slots, chunks, delta, LAYOUT, SOURCES, KIND)
+    else:
+        sum_kls(
+            means, mean_strides, logvars, logvar_strides, sample, kls + sample * SOURCES, z,
+            prior_logvar, low, high, LAYOUT, SOURCES, BLOCK_Z,
+        )  # fmt: skip
+    tl.debug_barrier()  # every thread's stores come before the arrival
+    arrived = tl.atomic_add(counters + sample, 1, sem="acq_rel") + 1
+    last = arrived % LEFT > chunks
+    seen = arrived
+    looks = 0
+    while (chunk < chunks) & (seen % LEFT <= chunks) & (looks < PATIENCE):
+        seen = tl.atomic_add(counters + sample, 0, sem="acquire")
+        looks += 1
+    if (chunk < chunks) & (seen % LEFT <= chunks):
+        seen = tl.atomic_add(counters + sample, LEFT, sem="acq_rel")
+    if seen % LEFT > chunks:
         share, by_r, by_k = finish_sample(
             sample, samples, partial, kls, errors, error_strides, weights, coefficients, statistics, chunks,
-            chunk == chunks, LAYOUT, SOURCES, SLOTS,
+            last, LAYOUT, SOURCES, SLOTS,
         )  # fmt: skip
-        if chunk < chunks:
-            store_image_gradients(
-                values, image_gradients, by_r, sample, offsets, inside, n, delta, LAYOUT, SOURCES, KIND
-            )
-        else:
+        store_image_gradients(
+            values, image_gradients, by_r, sample, offsets, inside, n, delta, LAYOUT, SOURCES, KIND
+        )
+        if last:
+            if arrived > LEFT:
+                _store_left(
+                    images, image_strides, image_gradients, by_r, sample, n, chunks, delta,
+                    LAYOUT, SOURCES, KIND, BLOCK,
+                )  # fmt: skip
             store_latent_gradients(
                 means, mean_strides, mean_gradients, logvars, logvar_strides, logvar_gradients,
                 error_gradients, by_r, by_k, sample, z, prior_logvar, low, high, LAYOUT, SOURCES, BLOCK_Z,
@@ -104,6 +117,21 @@ def single_kernel(
 
 
 @triton.jit
+def _store_left(
+    images, image_strides, gradients, slopes, sample, n, chunks, delta,
+    LAYOUT: tl.constexpr, SOURCES: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Image gradients of a whole sample: which programs left is not known, and others write the same."""
+    for chunk in range(chunks):
+        offsets = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = offsets < n
+        values = load_images(images, image_strides, sample, offsets, inside, "evict_first")
+        store_image_gradients(
+            values, gradients, slopes, sample, offsets, inside, n, delta, LAYOUT, SOURCES, KIND
+        )
+
+
+@triton.jit
 def scale_kernel(gradient, factor, count, BLOCK: tl.constexpr):
     """gradient [count] times `factor`; nothing is touched where the factor is 1."""
     factor = tl.load(factor).to(tl.float32)
@@ -114,7 +142,7 @@ def scale_kernel(gradient, factor, count, BLOCK: tl.constexpr):
 
 
 def fits(batch: Batch, formula: Formula) -> bool:
-    """Whether the form applies to a batch and cannot hang on its device; NVIDIA only.
+    """Whether the form applies to a batch, and the programs of a sample run at once; NVIDIA only.
 
     Not for float16, whose gradients vanish before a loss scale is multiplied in, nor for members that wait
     for a mean over the batch.
@@ -136,18 +164,19 @@ def value_and_gradients(
     """(loss, statistics, gradients of `batch.tensors` at an upstream gradient of 1) of a phase."""
     shape = LaunchShape.of(batch, formula, _gradients(needs[: len(batch.images)]))
     statistics, coefficients, loss, scratch = new_results(batch, shape)
-    counters = torch.zeros(shape.samples + 3, dtype=torch.int32, device=loss.device)
+    counters = torch.zeros(shape.samples + 2, dtype=torch.int32, device=loss.device)
     gradients, parts = new_gradients(batch, needs)
     inputs = []
     for tensors, part in zip(batch[:4], parts, strict=True):
         inputs += [*strided_rows(tensors), part]
     with on_device(loss):
-        for part in (REDUCE, APPLY) if _launch.INTERPRET else (WHOLE,):
-            single_kernel[shape.grid](
-                *inputs, weights.to(torch.float32), *scratch, counters, statistics, coefficients, loss,
-                shape.samples, *shape.sizes, *formula.numbers,
-                **shape.constants(batch, formula), **shape.blocks, PART=part, num_warps=shape.warps,
-            )  # fmt: skip
+        single_kernel[shape.grid](
+            *inputs, weights.to(torch.float32), *scratch, counters, statistics, coefficients, loss,
+            shape.samples, *shape.sizes, *formula.numbers,
+            **shape.constants(batch, formula), **shape.blocks,
+            PATIENCE=2 if _launch.INTERPRET else LOOKS,  # the interpreter runs programs in turn
+            num_warps=shape.warps,
+        )  # fmt: skip
     return loss, statistics, gradients
 
 

@@ -251,6 +251,21 @@ def _added(slots, channels, known, c, chunks, BLOCK_P: tl.constexpr, BLOCK_C: tl
     return tl.sum(total, 0), tl.sum(product, 0)
 
 
+@triton.jit
+def _slopes(style, by_variance, by_mean, row, known, inverse, total, product, n):
+    """(steep, even, apart): the gradient at the activation is steep * by_y + even + apart * (h - mean)."""
+    steep = inverse
+    if style is not None:
+        steep *= 1.0 + style
+    even = -steep * total
+    apart = -inverse * steep * product
+    if by_mean is not None:
+        even += tl.load(by_mean + row, known, 0.0).to(tl.float32)
+    if by_variance is not None:
+        apart += 2.0 * tl.load(by_variance + row, known, 0.0).to(tl.float32)
+    return steep, even / n, apart / n
+
+
 @triton.jit(do_not_specialize=_COUNTS)
 def gradient_kernel(
     x, noise, weight, bias, style, kept,
@@ -299,18 +314,9 @@ def gradient_kernel(
         to_style += sample * (2 * c) + channels
         tl.store(to_style, product.to(to_style.dtype.element_ty), first)
         tl.store(to_style + c, total.to(to_style.dtype.element_ty), first)
-    # The gradient at the activation is steep * by_y + even + apart * (h - mean).
-    steep = inverse
     if style is not None:
-        steep *= 1.0 + tl.load(style + sample * style_sample + channels, known, 0.0).to(tl.float32)
-    even = -steep * total
-    apart = -inverse * steep * product
-    if by_mean is not None:
-        even += tl.load(by_mean + row, known, 0.0).to(tl.float32)
-    if by_variance is not None:
-        apart += 2.0 * tl.load(by_variance + row, known, 0.0).to(tl.float32)
-    even /= n
-    apart /= n
+        style = tl.load(style + sample * style_sample + channels, known, 0.0).to(tl.float32)
+    steep, even, apart = _slopes(style, by_variance, by_mean, row, known, inverse, total, product, n)
     weight_share = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     bias_share = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for first in range(0, count, BLOCK_P):

@@ -47,6 +47,22 @@ def test_times_stand_beside_errors_and_what_is_wrong_gets_none(chains, tmp_path,
     assert "| decoder | 512 x 4x4 | 2 | both |" in capsys.readouterr().out
 
 
+def test_a_provider_that_fails_while_it_is_timed_costs_no_other(chains, monkeypatch):
+    whole, twin = chains.call, lambda *inputs: chains.plain(*inputs)
+
+    def call(run, case, direction):
+        if run is twin and direction == "both":
+            raise RuntimeError("not captured")
+        return whole(run, case, direction)
+
+    monkeypatch.setattr(chains, "providers", lambda _: {"plain": chains.plain, "twin": twin})
+    monkeypatch.setattr(chains, "call", call)
+    rows = chains.measure("encoder", 2, 8, 4, torch.float32, "cpu", 0, None)
+    timed = [(row["provider"], row["direction"]) for row in rows if "wall_ms" in row]
+    assert timed == [(p, d) for d in chains.DIRECTIONS for p in ("plain", "twin")][:-1]
+    assert [row["refused"] for row in rows if "refused" in row] == ["both: RuntimeError: not captured"]
+
+
 def test_maps_are_those_of_the_configuration(chains):
     found = chains.sizes(str(ROOT / "launch/configs/ffhq256.yaml"))
     assert found == [(64, 256), (128, 128), (256, 64), (512, 32), (512, 16), (512, 8), (512, 4)]

@@ -64,6 +64,22 @@ def test_times_stand_beside_errors_and_what_is_wrong_gets_none(losses, tmp_path,
     assert (tmp_path / "losses-cpu.png").stat().st_size > 1000
 
 
+def test_a_provider_that_fails_while_it_is_timed_costs_no_other(losses, monkeypatch):
+    whole = losses.call
+
+    def call(run, inputs, direction):
+        if run is losses.plain and direction == "backward":
+            raise RuntimeError("not captured")
+        return whole(run, inputs, direction)
+
+    monkeypatch.setattr(losses, "call", call)
+    rows = losses.measure("plane", 4, torch.float32, "cpu", None)
+    timed = {(row["provider"], row["direction"]) for row in rows if "wall_ms" in row}
+    assert timed == {*(("fused", d) for d in losses.DIRECTIONS), ("plain", "forward"), ("plain", "both")}
+    refused = {row["provider"]: row["refused"] for row in rows if "refused" in row}
+    assert refused["plain"] == "backward, hot: RuntimeError: not captured"
+
+
 @pytest.mark.parametrize("size", ["plane", "image32"])
 def test_plain_formulas_in_bf16_are_not_refused_at_random_and_the_fused_ones_stay_strict(losses, size):
     for seed in range(10):

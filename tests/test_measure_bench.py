@@ -1,9 +1,12 @@
-"""What the benches measure with."""
+"""What the benches measure with, and where their results go."""
 
+import ast
 import importlib
 import itertools
+import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,8 @@ BENCH = Path(__file__).parents[1] / "bench"
 def measure(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield importlib.import_module("measure")
-    sys.modules.pop("measure", None)
+    for name in ("measure", "density_grid", "densities"):
+        sys.modules.pop(name, None)
 
 
 def test_commit_is_that_of_the_repository_or_of_the_environment(measure, monkeypatch):
@@ -89,3 +93,66 @@ def test_rounds_tell_their_spread(measure):
     found = measure.rounds({"a": lambda: next(values)}, 3)["a"]
     assert found == (2.0, 1.0, 3.0)
     assert found.row("wall_ms") == {"wall_ms": 2e3, "wall_ms_least": 1e3, "wall_ms_most": 3e3}
+
+
+def options_of(path):
+    """Names and keywords of the options of a script."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    added = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
+    return {call.args[0].value: {k.arg for k in call.keywords} for call in added}
+
+
+def test_every_bench_that_writes_results_says_where(measure):
+    apart = ("table.py", "densities.py", "translation.py")  # the README, a folder a run, one of its own
+    scripts = {path.name: options_of(path) for path in BENCH.glob("*.py") if path.name not in apart}
+    assert [name for name, options in scripts.items() if options and "--out" not in options] == []
+    assert [n for n, options in scripts.items() if "help" not in options.get("--out", ["help"])] == []
+
+
+def test_the_grid_goes_where_it_is_told_and_goes_on_there(measure, monkeypatch, tmp_path):
+    grid = importlib.import_module("density_grid")
+    before, asked = grid.RESULT.read_bytes(), []
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(grid, "score", lambda *run: asked.append(run) or 1.0)
+    monkeypatch.setattr(grid, "SETTINGS", [("vae", 4.0)])
+    out = tmp_path / "new" / "grid.json"
+    monkeypatch.setattr(sys, "argv", ["density_grid.py", "--jobs", "1", "--out", str(out)])
+    grid.main()
+    assert [row["density"] for row in json.loads(out.read_text())["runs"]] == list(grid.DENSITIES)
+    grid.main()
+    assert len(asked) == len(grid.DENSITIES) and grid.RESULT.read_bytes() == before
+
+
+def test_the_grid_is_trained_in_float32_on_every_processor(measure, monkeypatch):
+    grid, threads = importlib.import_module("density_grid"), torch.get_num_threads()
+
+    class Seen(Exception):
+        pass
+
+    def trainer(config, *_):
+        raise Seen(config.train.precision)
+
+    monkeypatch.setattr(grid, "Trainer", trainer)
+    try:
+        with pytest.raises(Seen, match="fp32"):
+            grid.score("rings", "vae", 4.0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_faults_of_another_file_leave_the_page_alone(monkeypatch, tmp_path, capsys):
+    from bench import faults
+
+    before, page = faults.RESULTS.read_bytes(), faults.PAGE.read_bytes()
+    row = {"injected": "a fault", "happened": "nothing", "seconds": None, "images_lost": 0}
+    monkeypatch.setattr(faults, "SCENARIOS", {"one": lambda _: row})
+    out = tmp_path / "new" / "faults.json"
+    monkeypatch.setattr(sys, "argv", ["faults.py", "one", "--out", str(out)])
+    assert faults.main() == 0
+    assert json.loads(out.read_text())["rows"]["one"]["happened"] == "nothing"
+    assert "| a fault | nothing | - | 0 |" in capsys.readouterr().out
+    assert faults.RESULTS.read_bytes() == before and faults.PAGE.read_bytes() == page
+    monkeypatch.setattr(sys, "argv", ["faults.py", "--check", "--out", str(out)])
+    with pytest.raises(SystemExit):
+        faults.main()
+    assert "--table and --check are about docs/faults.md: without --out" in capsys.readouterr().err

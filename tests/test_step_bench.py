@@ -49,6 +49,13 @@ def test_a_different_update_is_noticed_and_not_timed(step, monkeypatch):
         step.main()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_compiled_baseline_has_the_optimizer_that_the_project_has(step, compiled):
+    model = step.StyleModel(8, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2)
+    plain = step.PlainTrainer(step.PlainStyle(model), **step.WEIGHTS, compile=compiled)
+    assert [optimizer.defaults["fused"] for optimizer in plain.optimizers] == [compiled or None] * 2
+
+
 def test_matrix_products_are_tf32_for_the_one_baseline_alone(step):
     matmul, seen = torch.backends.cuda.matmul, []
     iteration = step.WithTF32(lambda x, draws: seen.append(matmul.allow_tf32))
@@ -71,13 +78,42 @@ def test_a_captured_step_is_the_eager_one(step, monkeypatch):
     assert sum(graph.replays for graph in captured.graphs._recorder.graphs) >= 6
 
 
+@pytest.mark.parametrize("found", [0.7, float("nan"), RuntimeError("no kernel")])
+def test_a_precision_whose_update_differs_is_refused(step, monkeypatch, found):
+    def largest_difference(device="cpu", dtype=torch.float64, autocast=None):
+        if autocast and isinstance(found, Exception):
+            raise found
+        return found if autocast else 1e-12
+
+    monkeypatch.setattr(step, "largest_difference", largest_difference)
+    differences, refused = step.differences(torch.device("cuda"))
+    assert differences["float64"] == differences["float32"] == 1e-12
+    assert list(refused) == ["bf16"]
+    assert str(found) in refused["bf16"] if isinstance(found, Exception) else "5e-01" in refused["bf16"]
+
+
+def test_the_other_precisions_are_timed_and_saved(step, monkeypatch, tmp_path):
+    why = "the updates differ by 7.0e-01, accepted is 5e-01"
+    differences = {"float64": 1e-12, "float32": 1e-5, "bf16": 0.7}, {"bf16": why}
+    monkeypatch.setattr(step, "differences", lambda device: differences)
+    makers = {"plain": step.Ours, "minimal": step.Ours, "minimal, bf16": lambda _: pytest.fail("timed")}
+    monkeypatch.setattr(step, "providers", lambda device: makers)
+    out = tmp_path / "step.json"
+    arguments = ["--resolution", "8", "--start-channels", "4", "--batches", "2", "--rounds", "1"]
+    with pytest.raises(SystemExit, match=r"not timed: .*bf16"):
+        main_with(step, monkeypatch, *arguments, "--out", str(out))
+    found = json.loads(out.read_text())
+    assert [row["provider"] for row in found["rows"]] == ["plain", "minimal"]
+    assert set(found["ratio_to_plain"]) == {"plain", "minimal"} and found["refused"] == {"bf16": why}
+
+
 def test_a_provider_without_memory_is_refused_and_the_others_are_measured(step, monkeypatch):
     def greedy(model):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(step, "providers", lambda device: {"greedy": greedy, "minimal": step.Ours})
     model = step.StyleModel(8, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2)
-    refused, measured = step.measure_batch(model, 2, 1, torch.device("cpu"), alone=True)
+    makers = {"greedy": greedy, "minimal": step.Ours}
+    refused, measured = step.measure_batch(model, 2, 1, torch.device("cpu"), makers, alone=True)
     assert refused == {"provider": "greedy", "batch": 2, "refused": "out of memory"}
     assert measured["provider"] == "minimal" and measured["seconds"] > 0
 
@@ -122,10 +158,10 @@ def test_each_provider_starts_with_the_compiler_as_pytorch_has_it(step, monkeypa
         compiler.donated_buffer = False
         return lambda x, draws: None
 
-    monkeypatch.setattr(step, "providers", lambda device: {"one": changing, "other": changing})
+    makers = {"one": changing, "other": changing}
     model = step.StyleModel(8, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2)
     with compiler.patch(donated_buffer=False):  # monkeypatch takes the option away for good
-        list(step.measure_batch(model, 2, 1, torch.device("cpu"), alone=True))
+        list(step.measure_batch(model, 2, 1, torch.device("cpu"), makers, alone=True))
     assert found == [True, True]
 
 
@@ -138,3 +174,4 @@ def test_a_result_names_every_provider_and_the_machine(step, monkeypatch, tmp_pa
     assert set(found["ratio_to_plain"]) == set(step.providers(torch.device("cpu")))
     assert len(found["rows"]) == len(batches) * len(found["best"])
     assert found["torch"] == torch.__version__ and "commit" in found and "provider" not in found
+    assert found["refused"] == {}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sivae_fast import Posterior, SoftIntroVAE, Term
+from sivae_fast.kernels import _single_triton
 from sivae_fast.kernels.introspective import phase
 from sivae_fast.kernels.style import activate_normalize
 from tests.kernels.losses import ROUNDING, SOFT_MEMBERS, chain, close, distinct, exact, leaves, soft, table
@@ -13,6 +14,7 @@ from tests.kernels.losses import ROUNDING, SOFT_MEMBERS, chain, close, distinct,
 pytestmark = pytest.mark.gpu
 SHAPE, LATENTS = (3, 256, 256), 512
 ELEMENTS = 3 * 256 * 256
+LAUNCHES = int(os.environ.get("SIVAE_STRESS", 100_000))
 
 
 def objective(**options):
@@ -159,7 +161,7 @@ def test_single_launch_under_stress(graphed):
     stress = Stress()
     stress.once()
     busy, matrix = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    step, calls = stress.once, int(os.environ.get("SIVAE_STRESS", 100_000))
+    step, calls = stress.once, LAUNCHES
     if graphed:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -173,6 +175,27 @@ def test_single_launch_under_stress(graphed):
                 matrix @ matrix
         step()
     torch.cuda.synchronize()
+    assert stress.wrong.item() == 0
+
+
+@pytest.mark.timeout(1200)
+def test_single_launches_of_several_streams_under_stress():
+    """SIVAE_STRESS launches, each of which takes room that the others need for the sample they began."""
+    streams = [torch.cuda.Stream(priority=priority) for priority in (0, -1) * 4]
+    stresses = [Stress() for _ in streams]
+    torch.cuda.synchronize()
+    for _ in range(LAUNCHES // len(streams)):
+        for stream, stress in zip(streams, stresses, strict=True):
+            with torch.cuda.stream(stream):
+                stress.once()
+    torch.cuda.synchronize()
+    assert all(stress.wrong.item() == 0 for stress in stresses)
+
+
+def test_what_programs_leave_is_written_by_the_last_one(monkeypatch):
+    stress = Stress()
+    monkeypatch.setattr(_single_triton, "LOOKS", 0)
+    stress.once()
     assert stress.wrong.item() == 0
 
 

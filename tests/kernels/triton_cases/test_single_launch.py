@@ -1,4 +1,8 @@
-"""The single-launch form: the same losses, statistics and gradients as the definition, once."""
+"""The single-launch form: the same losses, statistics and gradients as the definition, once.
+
+The interpreter runs programs one after the other, as a device would that has room for one: all but the last
+of a sample have to leave, and a program that waited for the others would never end.
+"""
 
 import pytest
 import torch
