@@ -41,8 +41,8 @@ BATCH = 512
 PHASES = ("soft", "vae")
 PLAIN = {"plain": None, "plain, bf16": torch.bfloat16}
 OURS = {  # overrides of the configuration
-    "published schedule": ["train.schedule=published"],
-    "minimal schedule": [],
+    "published schedule": ["train.schedule=published", "train.precision=fp32"],
+    "minimal schedule": ["train.precision=fp32"],
     "minimal schedule, bf16": ["train.precision=bf16"],
 }
 CONTENDERS = (*PLAIN, *OURS)

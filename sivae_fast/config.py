@@ -180,7 +180,9 @@ class TrainConfig(Section):
         None, description="most images of one pass on one rank, or one a level; auto: as many as fit the GPU"
     )
     warmup_images: Annotated[int, Field(ge=0)] = Field(0, description="images trained as a plain VAE first")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "fp32", description="auto: bf16 where it is faster and as good, see docs/training.md"
+    )
     recompute: bool = Field(False, description="style model: less memory, more time")
     compile: bool = Field(False, description="style model: networks through torch.compile, level by level")
     graphs: bool = Field(False, description="each iteration as one CUDA graph; one GPU, engine.kind=torch")

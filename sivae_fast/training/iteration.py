@@ -13,7 +13,7 @@ from sivae_fast.growth import Schedule, Stage
 from sivae_fast.systems import check_batch, error_function, make_model, make_objective
 from sivae_fast.training.averaging import Average
 from sivae_fast.training.compiling import compile_networks
-from sivae_fast.training.device import prepare
+from sivae_fast.training.device import precision, prepare
 from sivae_fast.training.engine import make_engine
 from sivae_fast.training.meter import Meter
 from sivae_fast.training.optim import make_optimizer
@@ -44,7 +44,7 @@ class Iteration:
             self.objective,
             schedule=config.train.schedule,
             fresh_draws=config.train.fresh_draws,
-            autocast=torch.bfloat16 if config.train.precision == "bf16" else None,
+            autocast=torch.bfloat16 if precision(config, device) == "bf16" else None,
             error=error_function(config),
         )
         optimizer = functools.partial(

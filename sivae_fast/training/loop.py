@@ -16,6 +16,7 @@ from sivae_fast.growth import Schedule, Stage
 from sivae_fast.systems import make_data, make_schedule
 from sivae_fast.training.agreement import check_same, data_facts, on_all_ranks, program_facts, run_facts
 from sivae_fast.training.compiling import forget_compiled
+from sivae_fast.training.device import precision
 from sivae_fast.training.engine import check_engine, deepspeed_missing, distributed
 from sivae_fast.training.fitting import fitted
 from sivae_fast.training.graphs import Graphs, check_graphs
@@ -42,7 +43,10 @@ def train(config: Config) -> Path:
         if rank:
             logger.setLevel(logging.ERROR)
         check_graphs(config, kind, world, device)
-        check_same(program_facts(config, kind, zero))
+        lowered = precision(config, device)
+        check_same(program_facts(config, kind, zero) | {"the precision": lowered})
+        if config.train.precision == "auto":
+            logger.info("train.precision=auto: %s", lowered)
         identity = config.identity()  # where the batch is found, it is no part of it
         config = fitted(config, rank, world, device, kind, zero)
         trainer = Trainer(config, make_schedule(config), rank, world, device, kind, zero, identity)

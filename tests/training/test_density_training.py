@@ -88,6 +88,18 @@ def test_bfloat16_follows_float32(tmp_path):
             assert name not in a or b[name] == pytest.approx(a[name], rel=0.03), name
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_the_precision_is_that_of_the_processor(tmp_path, monkeypatch, multiplies):
+    """The configurations ask for bfloat16 where there are instructions for it."""
+    asked = "bf16" if multiplies else "fp32"
+    explicit = load(train(config(tmp_path / "explicit", f"train.precision={asked}"))).state_dict()
+    monkeypatch.setattr("sivae_fast.training.device.multiplies_bf16", lambda: multiplies)
+    found = load(train(config(tmp_path / "auto"))).state_dict()
+    assert all(torch.equal(found[name], explicit[name]) for name in explicit)
+    resumed = train(config(tmp_path / "auto", images=704))
+    assert len(ticks(resumed)) > 5, "another run"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -43,7 +43,7 @@ def test_every_shipped_config_is_valid(path):
         ("train=3", "train=3: input should be a section"),
         ("data.classes=[chair]", "data.classes: data.kind=images has no such option"),
         ("train.batch=[1", "train.batch=[1: not a valid value: expected ',' or ']'"),
-        ("train.precision=fp16", "train.precision='fp16': input should be 'fp32' or 'bf16'"),
+        ("train.precision=fp16", "train.precision='fp16': input should be 'fp32', 'bf16' or 'auto'"),
         ("model.resolution=100", "model.resolution=100: input should be 8, 16, 32"),
         ("model.kind=gan", "model.kind=gan: accepted are style, residual, mlp, pointnet, two_encoder"),
         ("objective.kind=introvae", "objective.margin is missing"),
