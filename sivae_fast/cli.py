@@ -214,8 +214,8 @@ def _kind(path: str) -> str:
     return load(path).config.model.kind
 
 
-def _density_figure(model, raw, out, device, precision, data, seed, **others):
-    from sivae_fast.commands.densities import sample
+def _density_figure(model, raw, out, device, precision, batch, batch_norm, data, seed, **others):
+    from sivae_fast.commands.densities import check_unused, sample
 
     for name in ("count", "columns"):
         if others.get(name) is not None:
@@ -225,8 +225,7 @@ def _density_figure(model, raw, out, device, precision, data, seed, **others):
     for name, usual in (("truncation", 1.0), ("noise", "sample"), ("mixing", False)):
         if others[name] != usual:
             raise ValueError(f"{name}={others[name]}: this model is of kind mlp, styles need style")
-    if precision != "fp32":
-        raise ValueError(f"precision is {precision!r}, must be fp32 for models of points in the plane")
+    check_unused(precision=precision, batch=batch, batch_norm=batch_norm)
     return sample(model, out, averaged=not raw, device=device, data=data, seed=seed)
 
 
@@ -278,7 +277,12 @@ def _add_mix(commands) -> None:
     command = _command(commands, "mix", _mix, "A grid of mixed styles.")
     _add_model(command)
     command.add_argument("--out", default="mix.png")
-    command.add_argument("--layers", default="coarse", help="coarse, middle, fine, or a range such as 2-5")
+    command.add_argument(
+        "--layers",
+        nargs="+",
+        default="coarse",
+        help="coarse, middle, fine, or a range such as 2-5: one, or one for each destination",
+    )
     command.add_argument("--sources", nargs="*", default=(), help="files (default: samples)")
     command.add_argument("--destinations", nargs="*", default=(), help="files (default: samples)")
     command.add_argument("--count", type=int, default=6)
@@ -320,7 +324,7 @@ def _add_evaluate(commands) -> None:
     command.add_argument("--metrics", nargs="+", help="by kind of model, see docs/evaluation.md")
     command.add_argument("--features", help="network of fid and its kin: inception, inception-train, random")
     command.add_argument("--weights", help="file or folder of the networks' weights")
-    command.add_argument("--count", type=int, default=50_000, help="at most so many images or clouds")
+    command.add_argument("--count", type=int, help="at most so many images or clouds (default: 50000)")
     command.add_argument(
         "--mirror",
         action="store_true",
@@ -396,10 +400,16 @@ def _convert(source, dest, raw, config, set, no_optimizer, images=None) -> None:
     if (dest is None) == (config is None):
         raise ValueError("convert takes either DEST, for a snapshot, or --config, for a run")
     if dest:
-        print(convert(source, dest, raw=raw))
-    else:
-        settings = load_config(config, set)
-        print(start_run(source, settings, optimizer=not no_optimizer, images=images))
+        given = {"--set": set, "--no-optimizer": no_optimizer, "--images": images is not None}
+        for option in filter(given.get, given):
+            raise ValueError(f"{option} is for a run: give --config in place of {dest}")
+        return print(convert(source, dest, raw=raw))
+    if raw:
+        raise ValueError("--raw is for a snapshot: a run has both weights")
+    if images is not None and images < 0:
+        raise ValueError(f"images is {images}, must be at least 0")
+    settings = load_config(config, set)
+    print(start_run(source, settings, optimizer=not no_optimizer, images=images))
 
 
 def _add_export(commands) -> None:

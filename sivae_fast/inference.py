@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sivae_fast.contract import check_count, described
-from sivae_fast.data.archive import ImageSet
+from sivae_fast.data.archive import Folder, ImageSet, is_image_name
 from sivae_fast.data.convert import Recipe, flatten
 from sivae_fast.data.factors import Factors, load_factors
 from sivae_fast.figures import to_uint8
@@ -81,11 +82,11 @@ class Inference(Trained):
     ) -> Iterator[Tensor]:
         """As `decode`, batch by batch, for sets that one does not want to hold.
 
-        truncation, noise: of style models, see `StyleModel.decode`. mixing: their style mixing, by which a
-        batch as a whole takes its finer styles from second latents, as in training.
+        truncation (0 or more), noise: of style models, see `StyleModel.decode`. mixing: their style mixing,
+        by which a batch as a whole takes its finer styles from second latents, as in training.
         round_down: to the 8 bits below, not to the nearest.
         """
-        options = self.style_options("truncation", truncation, 1.0)
+        options = self._truncation(truncation)
         options |= self.style_options("noise", noise, "sample")
         mixed = self.style_options("mixing", mixing, False)
         decode = self.model.generate if mixed else self.model.decode
@@ -94,8 +95,9 @@ class Inference(Trained):
         return self._mapped(body, z, "decode", seed, round_down)
 
     def from_styles(self, styles: Tensor, seed: int = 0, truncation: float = 1.0) -> Tensor:
-        """uint8 images of styles [N, 2(lod + 1), Z] (style models)."""
+        """uint8 images of styles [N, 2(lod + 1), Z] (style models); truncation as of `decoded`."""
         self.style_options("styles", True, False)
+        self._truncation(truncation)
         self._check_floats("styles", styles, 2 * (self.model.lod + 1), self.model.latent_size)
         body = lambda rows, stream: self.model.synthesize(rows, stream, truncation=truncation)
         return torch.cat(list(self._mapped(body, styles, "decode", seed)))
@@ -105,6 +107,13 @@ class Inference(Trained):
         self.style_options("styles", True, False)
         self._check_latents(z)
         return self.map(lambda rows, _: self.model.styles(rows), z, "styles")
+
+    def _truncation(self, truncation: float) -> dict:
+        if not 0 <= truncation < math.inf:
+            raise ValueError(
+                f"truncation is {truncation}, must be 0 or more: 1 changes nothing, 0 is the average"
+            )
+        return self.style_options("truncation", truncation, 1.0)
 
     def to_input(self, images: Tensor) -> Tensor:
         """uint8 [N, C, R, R] as the model sees it, at its present level, on its device."""
@@ -197,22 +206,27 @@ class Inference(Trained):
     ) -> Tensor:
         """uint8 [N, C, R, R] of picture files, or of image sets (folders, zips), at the model's full size.
 
-        count: at most so many of each set. resize: scale the centre square where sizes differ.
+        count: at most so many of each set. resize: scale the centre square where sizes differ, also in a
+        folder of photographs that is no set.
         Raises ValueError naming the file that cannot be read or does not fit.
         """
         found: list[np.ndarray] = []
         for source in map(Path, sources):
-            if source.is_dir() or source.suffix == ".zip":
+            names = Folder(source).names if resize and source.is_dir() else []
+            if files := [source / name for name in names if is_image_name(name)][:count]:
+                found += [self._read_fitted(path, resize) for path in files]
+            elif source.is_dir() or source.suffix == ".zip":
                 images = ImageSet(source, any_size=True)
                 chosen = range(min(count or len(images), len(images)))
                 found += [self._fitted(images.name(i), images.decode(i), resize) for i in chosen]
             else:
-                found.append(
-                    self._fitted(source, _read_file(source, self.config.model.channels == 1), resize)
-                )
+                found.append(self._read_fitted(source, resize))
         if not found:
             raise ValueError("no pictures are given")
         return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
+
+    def _read_fitted(self, path: Path, resize: bool) -> np.ndarray:
+        return self._fitted(path, _read_file(path, self.config.model.channels == 1), resize)
 
     def _fitted(self, name, pixels: np.ndarray, resize: bool) -> np.ndarray:
         side, channels = self.config.model.resolution, self.config.model.channels

@@ -78,7 +78,8 @@ class CloudInference(Trained):
         return clouds[torch.randperm(len(clouds), generator=torch.Generator().manual_seed(seed))[:count]]
 
     def read(self, files: Sequence[str | os.PathLike], resize: bool = False) -> Tensor:
-        """Clouds [n, points, 3] of .ply files and of .npy arrays [points, 3] or [n, points, 3].
+        """Clouds [n, points, 3] of .ply files, of .npy arrays [points, 3] or [n, points, 3], and of all such
+        files of a folder, by name.
 
         resize: draw points from clouds of another size, the same ones every time. Raises ValueError naming
         the file that cannot be read or does not fit.
@@ -99,7 +100,13 @@ class CloudInference(Trained):
 
 
 def _read(path: Path) -> list[tuple[str, np.ndarray]]:
-    """(where it is from, the cloud) of every cloud in a file."""
+    """(where it is from, the cloud) of every cloud in a file or folder."""
+    if path.is_dir():
+        shown = [file for file in path.iterdir() if not file.name.startswith(".")]
+        files = sorted(file for file in shown if file.suffix in (".ply", ".npy"))
+        if not files:
+            raise ValueError(f"{path} cannot be used: there are no .ply files and no .npy arrays in it")
+        return [cloud for file in files for cloud in _read(file)]
     if not path.is_file():
         raise ValueError(f"{path} cannot be used: it does not exist")
     if path.suffix == ".ply":

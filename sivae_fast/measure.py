@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from sivae_fast.data.parallel import progress_bar
 from sivae_fast.evaluation import fid, likelihood, reconstruction
 from sivae_fast.evaluation.features import Features
 from sivae_fast.evaluation.sharing import gather, rank, share, summed
-from sivae_fast.files import filling, write_text
+from sivae_fast.files import check_folder, filling, write_text
 from sivae_fast.inference import Inference
 from sivae_fast.run import append_metric
 
@@ -25,6 +25,9 @@ ESTIMATE = {"samples": 5, "variance": 1.0, "proposal": "posterior"}
 RECONSTRUCTION = (*reconstruction.METRICS, "lpips")
 LIKELIHOOD = "log_likelihood"
 METRICS = (*fid.METRICS, *RECONSTRUCTION, LIKELIHOOD)
+
+#: (images, reconstructions) [B, C, R, R] in [0, 1] -> [B].
+ImageError = Callable[[Tensor, Tensor], Tensor]
 
 
 def evaluate(
@@ -50,17 +53,23 @@ def evaluate(
     samples down to 8 bits, not to the nearest; the records say so.
     weights: folder of LPIPS's network. folder: a run folder, to whose metric files the records are added.
     Called in every process of a process group, each does its share and all get the result.
-    Returns a record a metric: the value and all that has to be said beside it.
+    Returns a record a metric: the value and all that has to be said beside it. What cannot be measured is
+    refused before anything is: ValueError, or as `reconstruction.load_lpips`.
     """
     check_metrics(metrics)
     if count < 2:
         raise ValueError(f"count is {count}, must be at least 2")
     estimate = {**ESTIMATE, **estimate}
     likelihood.check_options(**estimate)
+    if LIKELIHOOD in metrics:
+        _check_draws(run)
     reals = RealImages(run, data, count)
+    generation = [name for name in metrics if name in fid.METRICS]
+    if set(generation) - {"fid", "kid"}:
+        fid.check_neighbours(min(count, len(reals)))
+    functions = error_functions(run, [name for name in metrics if name in RECONSTRUCTION], weights)
     facts = {**run.described, "real_images": len(reals), "seed": seed}
     records: dict[str, dict] = {}
-    generation = [name for name in metrics if name in fid.METRICS]
     if generation:
         if features is None:
             raise ValueError(f"{', '.join(generation)} need features: give the network that compares images")
@@ -69,9 +78,8 @@ def evaluate(
         real = reals.pixels(mirror_seed=seed if mirror else None)
         values = fid.compare(features, real, generated(run, count, seed, round_down), generation)
         records |= {name: {"value": value, **facts, **about} for name, value in values.items()}
-    rest = [name for name in metrics if name in RECONSTRUCTION]
-    if rest:
-        values = reconstruction_errors(run, reals, rest, weights, seed)
+    if functions:
+        values = reconstruction_errors(run, reals, functions, seed)
         records |= {name: {"value": value, **facts} for name, value in values.items()}
     if LIKELIHOOD in metrics:
         value = mean_log_likelihood(run, reals, seed, **estimate)
@@ -105,8 +113,9 @@ def detect_others(
     result says so. At most `count` images of each set are scored; the options samples, variance and proposal
     are those of `evaluation.likelihood`, the weight of errors in the score `elbo` is that of training.
     Writes `ood.json` (areas under the ROC curve of every score) and `ood.png` (histograms of log p(x)) into
-    the folder `out`; returns what is in the file.
+    the folder `out`, which is looked at before anything is scored; returns what is in the file.
     """
+    check_folder(out)
     if not others:
         raise ValueError("no other image sets are given")
     _check_draws(run)
@@ -214,21 +223,33 @@ def generated(run: Inference, count: int, seed: int, round_down: bool = False) -
         yield images.to(run.device)
 
 
+def error_functions(
+    run: Inference, names: Sequence[str], weights: str | os.PathLike | None = None
+) -> dict[str, ImageError]:
+    """Those of `RECONSTRUCTION`, tried on a blank image of the model's size: for SSIM it can be too small."""
+    known = dict(reconstruction.METRICS)
+    if "lpips" in names:
+        known["lpips"] = reconstruction.load_lpips(weights, run.device)
+    found = {name: known[name] for name in names}
+    side = run.resolution
+    blank = torch.zeros(1, run.config.model.channels, side, side, device=run.device)
+    for function in found.values():
+        function(blank, blank)
+    return found
+
+
 def reconstruction_errors(
-    run: Inference, reals: RealImages, metrics: Sequence[str], weights=None, seed: int = 0
+    run: Inference, reals: RealImages, functions: Mapping[str, ImageError], seed: int = 0
 ) -> dict[str, float]:
-    """Means of the metrics over all images of all ranks."""
-    functions = dict(reconstruction.METRICS)
-    if "lpips" in metrics:
-        functions["lpips"] = reconstruction.load_lpips(weights, run.device)
-    total = torch.zeros(len(metrics) + 1, dtype=torch.float64, device=run.device)
+    """Means of the functions, by their names, over all images of all ranks."""
+    total = torch.zeros(len(functions) + 1, dtype=torch.float64, device=run.device)
     for images in reals.pixels():
         rec = run.reconstruct(images, seed).to(run.device)
         x, y = images.float() / 255, rec.float() / 255
-        sums = [functions[name](x, y).double().sum() for name in metrics]
+        sums = [function(x, y).double().sum() for function in functions.values()]
         total += torch.stack([*sums, total.new_tensor(len(images))])
     *sums, number = summed(total)
-    return {name: (value / number).item() for name, value in zip(metrics, sums, strict=True)}
+    return {name: (value / number).item() for name, value in zip(functions, sums, strict=True)}
 
 
 def mean_log_likelihood(run: Inference, reals: RealImages, seed: int = 0, **estimate: object) -> float:

@@ -150,7 +150,8 @@ def _heed_level(found: Published, name: str) -> None:
 
 def _load(path: Path) -> Mapping:
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: give a published checkpoint (.pth)")
+        what = "is no file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}: give a published checkpoint (.pth)")
     allowed = [(_RunningMean, "tracker.RunningMeanTorch")]
     try:
         with torch.serialization.safe_globals(allowed):

@@ -13,6 +13,16 @@ def positive(**options: int) -> None:
             raise ValueError(f"{name} is {value}, must be at least 1")
 
 
+def check_pause(milliseconds: int, out: Path) -> None:
+    """Raises ValueError for a time of one picture that the animation `out` cannot hold.
+
+    A .gif counts hundredths of a second in 16 bits, and viewers show those of 0 as slowly as they like.
+    """
+    least = 10 if out.suffix == ".gif" else 1
+    if not least <= milliseconds <= 655_350:
+        raise ValueError(f"milliseconds is {milliseconds}, must be {least} to 655350 for {out}")
+
+
 def named(out: str | os.PathLike, *endings: str, folder: bool = False) -> Path:
     """The path `out`. Raises ValueError for a name without one of the endings.
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sivae_fast.commands.arguments import named, only_own, positive
+from sivae_fast.commands.arguments import check_pause, named, only_own, positive
 from sivae_fast.commands.pictures import SPACES, between
+from sivae_fast.data.parallel import progress_bar
 from sivae_fast.data.ply import write_ply
 from sivae_fast.evaluation.mitsuba import write_scene
 from sivae_fast.evaluation.pointcloud_figures import animate, draw_clouds
@@ -49,7 +50,7 @@ def sample(
     _check_folder(out, count)
     clouds = run.sample(count, seed)
     if out.suffix == ".png":
-        draw_clouds(out, clouds.split(columns or math.ceil(math.sqrt(count))))
+        _draw(run, out, clouds.split(columns or math.ceil(math.sqrt(count))))
     else:
         _write(out, clouds)
     return out
@@ -84,7 +85,7 @@ def reconstruct(
     rec = run.reconstruct(clouds)
     if out.suffix == ".png":
         pairs = zip(clouds.split(columns), rec.split(columns), strict=True)
-        draw_clouds(out, [row for pair in pairs for row in pair])
+        _draw(run, out, [row for pair in pairs for row in pair])
     else:
         _write(out, rec)
     return {"chamfer": chamfer(clouds, rec).mean().item()}
@@ -113,8 +114,8 @@ def interpolate(
     if space not in SPACES:
         raise ValueError(f"space is {space!r}, must be one of {', '.join(SPACES)}")
     run.style_options("space", space, "z")
-    positive(milliseconds=milliseconds)
     out = named(out, ".png", ".gif", ".mp4", ".npy")
+    check_pause(milliseconds, out)
     grid = out.suffix == ".png"
     ends = run.encode(run.read(files, resize)) if files else run.prior(4 if grid else 5, seed)
     if grid and len(ends) not in (2, 4):
@@ -123,11 +124,12 @@ def interpolate(
         raise ValueError(f"{out} goes from one cloud to another: give 2 or more, got 1")
     clouds = run.decode(between(ends, steps) if grid else along(ends, steps))
     if grid:
-        draw_clouds(out, clouds.split(steps))
+        _draw(run, out, clouds.split(steps))
     elif out.suffix == ".npy":
         _write(out, clouds)
     else:
-        animate(out, clouds, milliseconds=milliseconds)
+        with _drawing(run, len(clouds)) as bar:
+            animate(out, clouds, milliseconds=milliseconds, drawn=bar.update)
     return out
 
 
@@ -143,6 +145,16 @@ def along(ends: Tensor, steps: int) -> Tensor:
 def _without_styles(run: CloudInference, **options) -> None:
     for name, value in options.items():
         run.style_options(name, value, {"truncation": 1.0, "noise": "sample", "mixing": False}[name])
+
+
+def _draw(run: CloudInference, out: Path, rows: Sequence[Tensor]) -> None:
+    with _drawing(run, sum(map(len, rows))) as bar:
+        draw_clouds(out, rows, drawn=bar.update)
+
+
+def _drawing(run: CloudInference, count: int):
+    """A progress bar, where there are so many: drawing takes longer than the model does."""
+    return progress_bar(count, "draw", run.show and count > run.batch)
 
 
 def _check_folder(out: Path, count: int) -> None:

@@ -13,6 +13,17 @@ from sivae_fast.evaluation.density import energy_grid, prior_samples
 from sivae_fast.trained import check_kind, pick_device
 
 GRID = 256  # points of an axis, as in the figures of training
+#: Options of other models, and their values where they are not given.
+OTHERS = {"batch": 64, "batch_norm": None, "count": None}
+
+
+def check_unused(*, precision: str = "fp32", **options) -> None:
+    """Raises ValueError for the first option that a model of points in the plane has no use for."""
+    if precision != "fp32":
+        raise ValueError(f"precision is {precision!r}, must be fp32 for models of points in the plane")
+    for name, value in options.items():
+        if value != OTHERS[name]:
+            raise ValueError(f"{name} is {value}: models of points in the plane have no use for it")
 
 
 def density_of(model: Model, data: str | None = None) -> Density:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import platform
 import shutil
 import time
@@ -50,8 +51,11 @@ def doctor(
     """The findings, one after the other, the same on every rank; a collective call.
 
     config_path, overrides: the configuration that is to be trained; without it only what does not depend on
-    one is looked at. timeout: seconds to wait for other ranks. Raises ValueError for overrides of nothing.
+    one is looked at. timeout: seconds to wait for other ranks. Raises ValueError for a timeout that is not
+    above 0, and for overrides of nothing.
     """
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout is {timeout:g}, must be above 0 and finite")
     if overrides and not config_path:
         raise ValueError(f"{' '.join(overrides)}: overrides change a configuration, give it as --config FILE")
     # Before the ranks are connected: processes that import DeepSpeed later may abort when they end.

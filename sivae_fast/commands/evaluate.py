@@ -12,6 +12,8 @@ from sivae_fast.evaluation.fid import METRICS as COMPARED
 from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.trained import pick_device
 
+COUNT = 50_000  # images of published FIDs
+
 
 def evaluate(
     model: str,
@@ -21,7 +23,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     features: str | None = None,
     weights: str | None = None,
-    count: int = 50_000,
+    count: int | None = None,
     ood: Sequence[str] | None = None,
     own: str | None = None,
     out: str | None = None,
@@ -32,6 +34,7 @@ def evaluate(
     """Measures the model at the path `model`. The records also go into a run folder, if it is one; those of a
     checkpoint or snapshot in it do not, since the last record of a run is taken for that of its last state.
 
+    count: at most so many images or clouds; None is `COUNT`.
     protocol: mirror and round_down, of fid and its kin. estimate: options of log p(x). options: those of
     `Trained.load`, without `averaged`.
     Raises ValueError for options that do not fit the kind of the model or each other, PermissionError, before
@@ -48,7 +51,8 @@ def evaluate(
     kind = load(model).config.model.kind
     _check_fit(kind, metrics, ood, weights, {"features": features, "own": own, "out": out, **protocol})
     if kind == "mlp":
-        return _density(model, raw, seed, folder, **options)
+        return _density(model, raw, seed, folder, count=count, **options)
+    count = COUNT if count is None else count
     run = open_run(model, averaged=not raw, **options)
     if isinstance(run, CloudInference):
         from sivae_fast.measure_clouds import evaluate_clouds
@@ -132,14 +136,13 @@ def _density(
     device: str = "auto",
     precision: str = "fp32",
     data: str | None = None,
-    **_,
+    **others,
 ) -> dict:
-    from sivae_fast.commands.densities import density_of
+    from sivae_fast.commands.densities import check_unused, density_of
     from sivae_fast.evaluation.density import evaluate_density
     from sivae_fast.run import append_metric
 
-    if precision != "fp32":
-        raise ValueError(f"precision is {precision!r}, must be fp32 for models of points in the plane")
+    check_unused(precision=precision, **others)
     model = load(path, not raw, pick_device(device))
     density = density_of(model, data)
     scores = evaluate_density(model, density.sample, density.half_range, seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sivae_fast.commands.arguments import named, only_own, positive
+from sivae_fast.commands.arguments import check_pause, named, only_own, positive
 from sivae_fast.evaluation import reconstruction
 from sivae_fast.figures import save_animation, save_grid, save_image
 from sivae_fast.files import filling
@@ -43,10 +43,6 @@ def sample(
     `Inference.decoded` (style models).
     """
     positive(count=count, columns=1 if columns is None else columns)
-    if not 0 <= truncation < math.inf:
-        raise ValueError(
-            f"truncation is {truncation}, must be 0 or more: 1 changes nothing, 0 is the average"
-        )
     out = named(out, ".png", folder=True)
     style = {"truncation": truncation, "noise": noise, "mixing": mixing}
     if out.suffix == ".png":
@@ -102,7 +98,8 @@ def interpolate(
     """Images between pictures, by their posterior means: a .png grid, an animated .gif or a film, .mp4.
 
     .png: two pictures give a row of `steps` images from one to the other, four the grid between them.
-    .gif, .mp4: two or more pictures are visited in turn and back to the first, `steps` images apart.
+    .gif, .mp4: two or more pictures, or those of a folder, are visited in turn and back to the first, `steps`
+    images apart.
     Without pictures, samples take their place (four in a grid, five in an animation).
     space: "z" draws straight lines between latents; "w" between styles (style models), as published.
     """
@@ -112,7 +109,7 @@ def interpolate(
         raise ValueError(f"space is {space!r}, must be one of {', '.join(SPACES)}")
     run.style_options("space", space, "z")
     out = named(out, ".png", ".gif", ".mp4")
-    positive(milliseconds=milliseconds)
+    check_pause(milliseconds, out)
     moving = out.suffix != ".png"
     ends = _ends(run, pictures, moving, seed, resize)
     if space == "w":
@@ -129,7 +126,7 @@ def mix(
     run: Inference,
     out: str | os.PathLike,
     *,
-    layers: str = "coarse",
+    layers: str | Sequence[str] = "coarse",
     sources: Sequence[str | os.PathLike] = (),
     destinations: Sequence[str | os.PathLike] = (),
     count: int = 6,
@@ -139,21 +136,30 @@ def mix(
     """A style mixing grid: a row is one destination with the `layers` of each column's source.
 
     The first row shows the sources, the first column the destinations. Style models only.
-    layers: "coarse", "middle", "fine", or a range such as "2-5" of the layers that the model has, from 0 on.
+    layers: "coarse", "middle", "fine", or a range such as "2-5" of the layers that the model has, from 0 on:
+    one for all rows, or one for each destination, as in the published figure.
     Pictures enter by their posterior mean; samples take their place where none are given.
     """
     check_kind(run.config, ("style",))
     positive(count=count)
     out = named(out, ".png")
-    start, stop = _layers(layers, 2 * (run.model.lod + 1))
+    named_layers = [layers] if isinstance(layers, str) else layers
+    spans = [_layers(text, 2 * (run.model.lod + 1)) for text in named_layers]
 
     def styles_of(pictures, part):
         z = run.encode(run.read(pictures, count, resize)) if pictures else run.prior(2 * count, seed)
         return run.styles(z if pictures else z.chunk(2)[part])
 
     source, destination = styles_of(sources, 0), styles_of(destinations, 1)
+    if len(spans) not in (1, len(destination)):
+        raise ValueError(
+            f"layers are {', '.join(named_layers)}: one is needed for all, or one for each of the "
+            f"{len(destination)} destinations"
+        )
+    spans = spans * len(destination) if len(spans) == 1 else spans
     mixed = destination[:, None].repeat(1, len(source), 1, 1)
-    mixed[:, :, start:stop] = source[None, :, start:stop]
+    for row, (start, stop) in zip(mixed, spans, strict=True):
+        row[:, start:stop] = source[:, start:stop]
     blank = torch.full((1, *run.from_styles(source[:1], seed).shape[1:]), 255, dtype=torch.uint8)
     rows = [torch.cat([blank, run.from_styles(source, seed)])]
     for own, row in zip(run.from_styles(destination, seed), mixed, strict=True):
@@ -165,7 +171,7 @@ def mix(
 def _ends(run: Inference, pictures, moving: bool, seed: int, resize: bool) -> Tensor:
     if not pictures:
         return run.prior(5 if moving else 4, seed)
-    images = run.read(pictures, 4, resize)
+    images = run.read(pictures, None if moving else 4, resize)
     if moving and len(images) < 2:
         raise ValueError("an animation goes from one picture to another: give 2 or more, got 1")
     if not moving and len(images) not in (2, 4):

@@ -110,9 +110,7 @@ def neighbourhoods(real: Tensor, fake: Tensor, k: int | None = None, block: int 
     """
     real, fake = real.double(), fake.double()
     near, far = (3, 5) if k is None else (k, k)
-    least = min(len(real), len(fake))
-    if least <= far:
-        raise ValueError(f"precision, recall, density and coverage need over {far} images, got {least}")
+    check_neighbours(min(len(real), len(fake)), far)
     real_radii, fake_radii = _radii(real, {near, far}, block), _radii(fake, {near}, block)
     in_some, hits, covered = [], [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for part in fake.split(block):
@@ -128,6 +126,12 @@ def neighbourhoods(real: Tensor, fake: Tensor, k: int | None = None, block: int 
         "density": torch.cat(hits).double().mean().item() / far,
         "coverage": covered.double().mean().item(),
     }
+
+
+def check_neighbours(images: int, k: int = 5) -> None:
+    """Raises ValueError where so many images have no k-th neighbour."""
+    if images <= k:
+        raise ValueError(f"precision, recall, density and coverage need over {k} images, got {images}")
 
 
 def compare(

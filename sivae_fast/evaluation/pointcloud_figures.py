@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,20 +43,40 @@ def render(
     return (255 * picture).round().to(torch.uint8)
 
 
-def draw_clouds(path: str | os.PathLike, rows: Sequence[Tensor], size: int = 192) -> None:
-    """Writes rows of clouds [n, points, 3] each as PNG. Training: rows are real, reconstruction, sample."""
-    save_grid(path, [torch.stack([render(cloud, size) for cloud in row]) for row in rows])
+def draw_clouds(
+    path: str | os.PathLike,
+    rows: Sequence[Tensor],
+    size: int = 192,
+    drawn: Callable[[], object] = lambda: None,
+) -> None:
+    """Writes rows of clouds [n, points, 3] each as PNG. Training: rows are real, reconstruction, sample.
+
+    drawn: called after each cloud, for a progress bar.
+    """
+    pictures = [_render(cloud, size, 240, drawn) for row in rows for cloud in row]
+    save_grid(path, torch.stack(pictures).split([len(row) for row in rows]))
 
 
 def animate(
-    path: str | os.PathLike, clouds: Tensor, size: int = 256, turns: float = 0.25, milliseconds: int = 60
+    path: str | os.PathLike,
+    clouds: Tensor,
+    size: int = 256,
+    turns: float = 0.25,
+    milliseconds: int = 60,
+    drawn: Callable[[], object] = lambda: None,
 ) -> None:
     """Writes clouds [frames, points, 3] as a GIF, or an .mp4 film, there and back, while the camera goes
-    `turns` around. `milliseconds` of one frame.
+    `turns` around. `milliseconds` of one frame; drawn: as of `draw_clouds`.
     """
     angles = [240 + 360 * turns * i / len(clouds) for i in range(len(clouds))]
-    frames = [render(cloud, size, azimuth=angle) for cloud, angle in zip(clouds, angles, strict=True)]
+    frames = [_render(cloud, size, angle, drawn) for cloud, angle in zip(clouds, angles, strict=True)]
     save_animation(path, frames + frames[::-1], milliseconds=milliseconds)
+
+
+def _render(cloud: Tensor, size: int, azimuth: float, drawn: Callable[[], object]) -> Tensor:
+    picture = render(cloud, size, azimuth=azimuth)
+    drawn()
+    return picture
 
 
 def camera(azimuth: float, elevation: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,6 +49,9 @@ def ssim(x: Tensor, y: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 
+#: Pixels a side that images need: the window of SSIM; what AlexNet's layers leave anything of.
+SMALLEST = {"ssim": 11, "lpips": 31}
+
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "psnr": psnr, "ssim": ssim}
 
 
@@ -56,7 +59,8 @@ def load_lpips(weights: str | os.PathLike | None = None, device="cpu") -> Callab
     """LPIPS (AlexNet, by torchmetrics) as a function of two batches [B, 3, H, W] in [0, 1] -> [B].
 
     weights: the folder that holds `checkpoints/alexnet-owt-7be5be79.pth`, torch's hub folder unless given.
-    Raises ImportError and FileNotFoundError saying what to get and from where.
+    Raises ImportError and FileNotFoundError saying what to get and from where; the function raises ValueError
+    for images below `SMALLEST`.
     """
     folder = str(weights or torch.hub.get_dir())
     path = os.path.join(folder, "checkpoints", ALEXNET)
@@ -78,6 +82,10 @@ def load_lpips(weights: str | os.PathLike | None = None, device="cpu") -> Callab
 
     @torch.no_grad()
     def distance(x: Tensor, y: Tensor) -> Tensor:
+        if min(x.shape[-2:]) < SMALLEST["lpips"]:
+            raise ValueError(
+                f"LPIPS needs images of at least {SMALLEST['lpips']} pixels a side, got {list(x.shape[-2:])}"
+            )
         return network(2 * x - 1, 2 * y - 1).flatten()
 
     return distance

@@ -14,7 +14,7 @@ from sivae_fast.config import Config, ConfigError
 from sivae_fast.contract import Model
 from sivae_fast.evaluation import fid
 from sivae_fast.evaluation.features import Features, load_features
-from sivae_fast.evaluation.reconstruction import load_lpips
+from sivae_fast.evaluation.reconstruction import SMALLEST, load_lpips
 from sivae_fast.evaluation.sharing import ranks
 from sivae_fast.growth import Stage
 from sivae_fast.inference import Inference
@@ -24,7 +24,6 @@ from sivae_fast.measure_clouds import check_packages, evaluate_clouds
 from sivae_fast.measure_translation import Swaps, error_functions, errors_of, evaluate_translation
 from sivae_fast.systems import levels, make_model
 
-SMALLEST_SSIM = 11  # pixels of its window
 FEWEST = 6  # images that have a fifth neighbour
 #: Metrics of which more is better.
 MORE = {"precision", "recall", "density", "coverage", "psnr", "ssim", "log_likelihood", "swap_ssim"}
@@ -49,7 +48,7 @@ class Evaluator:
 
     @torch.no_grad()
     def measure(self, model: Model, stage: Stage, images: int, weights: str) -> dict[str, dict]:
-        """A record a metric of `model` at its level; SSIM is left out while images are too small for it.
+        """A record a metric of `model` at its level; those that need larger images are left out.
 
         weights: "averaged" or "raw", what `model` has. A collective call.
         """
@@ -83,16 +82,14 @@ class ImageMeasures:
                 features = load_features(settings.features, settings.weights, device)
             if "lpips" in config.measured:
                 load_lpips(settings.weights, device)
-        _check_ssim(config)
+        _check_sizes(config)
         return features
 
     def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
         """A record a metric of `model` after so many images. A collective call."""
         settings = self._config.evaluate
         run = Inference(model, self._config, images, weights=weights, show=False)
-        metrics = [
-            name for name in self._config.measured if name != "ssim" or run.resolution >= SMALLEST_SSIM
-        ]
+        metrics = [name for name in self._config.measured if run.resolution >= _smallest(name)]
         if not metrics:
             return {}
         return evaluate(
@@ -150,7 +147,7 @@ class TranslationMeasures:
         """Raises ConfigError where a package or a network's weights are missing."""
         with _refusing(config, "metrics"):
             error_functions(errors_of(config.measured), config.evaluate.weights, device)
-        _check_ssim(config)
+        _check_sizes(config)
 
     def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
         """A record a metric of `model` after so many images. A collective call."""
@@ -181,13 +178,18 @@ def is_best(name: str, value: float, others: Iterable[float | None]) -> bool:
     return math.isfinite(value) and all(better)
 
 
-def _check_ssim(config: Config) -> None:
-    side, names = config.model.resolution, [name for name in config.measured if name.endswith("ssim")]
-    if names and side < SMALLEST_SSIM:
-        raise ConfigError(
-            f"evaluate.metrics={', '.join(names)}: ssim needs images of at least {SMALLEST_SSIM} pixels a "
-            f"side, model.resolution is {side}"
-        )
+def _smallest(metric: str) -> int:
+    """Pixels a side of the smallest images that it measures."""
+    return SMALLEST.get(metric.removeprefix("swap_"), 1)
+
+
+def _check_sizes(config: Config) -> None:
+    for name in config.measured:
+        if config.model.resolution < _smallest(name):
+            raise ConfigError(
+                f"evaluate.metrics={', '.join(config.measured)}: {name} needs images of at least "
+                f"{_smallest(name)} pixels a side, model.resolution is {config.model.resolution}"
+            )
 
 
 @contextlib.contextmanager

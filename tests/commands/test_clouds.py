@@ -227,6 +227,11 @@ def test_clouds_between_clouds(run, runs, tmp_path, capsys, test_clouds):
         (["reconstruct", "--data", "gone.npy"], "gone.npy does not exist: give data=PATH (--data PATH)"),
         (["interpolate", "--out", "i.jpg"], "i.jpg: a name ending in .png, .gif, .mp4 or .npy is needed"),
         (["interpolate", "--steps", "1"], "steps is 1, must be at least 2"),
+        (
+            ["interpolate", "--out", "i.gif", "--milliseconds", "1000000"],
+            "--milliseconds is 1000000, must be 10 to 655350 for i.gif",
+        ),
+        (["reconstruct", "empty"], "empty cannot be used: there are no .ply files and no .npy arrays in it"),
         (["interpolate", "--space", "w"], "space=w: this model is of kind pointnet"),
         (["interpolate", "--space", "x"], "space is 'x', must be one of z, w"),
         (
@@ -241,6 +246,7 @@ def test_clouds_between_clouds(run, runs, tmp_path, capsys, test_clouds):
 def test_bad_input_is_named_in_one_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "note.txt").touch()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "torn.ply").write_bytes(b"ply\n")
     (tmp_path / "note.npy").write_bytes(b"no array")
     one = np.random.default_rng(0).random((20, 3))
@@ -272,3 +278,19 @@ def test_a_count_also_limits_the_clouds_of_files(run, runs, tmp_path):
     for count, expected in ((2, 2), (None, 60)):
         reconstruct(run, tmp_path / "r.npy", [runs.clouds.parent / "clouds.npy"], count=count)
         assert len(np.load(tmp_path / "r.npy")) == expected
+
+
+def test_a_folder_of_clouds_is_read_by_name(run, runs, tmp_path):
+    folder = tmp_path / "set"
+    assert main(["sample", str(runs.clouds), "--device", "cpu", "--count", "3", "--out", str(folder)]) == 0
+    (folder / "note.txt").touch()
+    files = [folder / f"{number:06d}.ply" for number in range(3)]
+    assert torch.equal(run.read([folder]), run.read(files))
+
+
+def test_drawing_more_clouds_than_a_batch_shows_progress(runs, tmp_path, capsys):
+    for out in ("grid.png", "turn.gif"):
+        name, *more = ("sample", "--count", 3) if out == "grid.png" else ("interpolate", "--steps", 2)
+        for batch, shown in ((2, True), (64, False)):
+            code, _, error = call(capsys, name, runs.clouds, *more, "--batch", batch, "--out", tmp_path / out)
+            assert code == 0 and ("draw: " in error) is shown

@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sivae_fast.cli import main
+from sivae_fast.config import make_config
 from sivae_fast.run import read_metrics
+from sivae_fast.systems import make_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,3 +124,33 @@ def test_records_of_densities_say_what_they_are_of(runs, capsys):
     ]:
         assert main(["evaluate", run, *arguments]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_convert_says_what_a_folder_is(runs, tmp_path, capsys):
+    assert main(["convert", str(runs.style), str(tmp_path / "x.safetensors")]) == 1
+    expected = f"error: {runs.style} is no file: give a published checkpoint (.pth)\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["x.safetensors", "--images", "0"],
+            "--images is for a run: give --config in place of x.safetensors",
+        ),
+        (["x.safetensors", "--no-optimizer"], "--no-optimizer is for a run: give --config"),
+        (["x.safetensors", "--set", "a=b"], "--set is for a run: give --config"),
+        (["--config", "CONFIG", "--raw"], "--raw is for a snapshot: a run has both weights"),
+        (["--config", "CONFIG", "--images", "-5"], "--images is -5, must be at least 0"),
+    ],
+)
+def test_convert_refuses_what_it_has_no_use_for(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    model = make_model(make_config({"model": {"kind": "mlp"}, "data": {"kind": "density"}}))
+    torch.save({"epoch": 3, "model": model.state_dict()}, "rings.pth")
+    (tmp_path / "small.yaml").write_text("model: {kind: mlp}\ndata: {kind: density}\n")
+    arguments = ["small.yaml" if argument == "CONFIG" else argument for argument in arguments]
+    assert main(["convert", "rings.pth", *arguments]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+    assert {path.name for path in tmp_path.iterdir()} == {"rings.pth", "small.yaml"}

@@ -47,3 +47,12 @@ def test_sample_draws_the_figure_of_training(converted, tmp_path, monkeypatch, c
     assert Image.open(out).size == (1080, 360)
     assert main([*command, "--data", "rings", "--count", "3"]) == 1
     assert "error: --count is 3: the figure of a density" in capsys.readouterr().err
+
+
+def test_options_of_other_models_are_refused(runs, tmp_path, capsys):
+    options = [["--batch", "0"], ["--batch-norm", "running"]]
+    for command in (["evaluate"], ["sample", "--out", str(tmp_path / "figure.png")]):
+        for option, value in [*options, *([["--count", "10"]] if command == ["evaluate"] else [])]:
+            assert main([*command, str(runs.density), "--device", "cpu", option, value]) == 1
+            assert f"error: {option} is {value}: models of points in the plane" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -250,3 +250,9 @@ def test_a_rank_that_never_comes(tmp_path, monkeypatch, capsys):
         cli.main(["doctor", "--timeout", "2"])
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("failed") and "did not meet the others at 127.0.0.1" in line
+
+
+@pytest.mark.parametrize("timeout", ["-1", "0", "nan", "inf"])
+def test_a_time_that_is_none_is_refused(timeout, capsys):
+    assert cli.main(["doctor", "--timeout", timeout]) == 1
+    assert capsys.readouterr().err == f"error: --timeout is {timeout}, must be above 0 and finite\n"

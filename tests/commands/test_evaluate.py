@@ -71,6 +71,29 @@ def test_two_ranks_share_the_work_and_agree_with_one(runs, tmp_path):
         assert found == pytest.approx({name: record["value"] for name, record in one.items()}, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "metric", "message"),
+    [
+        ("style", {}, "lpips", "LPIPS needs AlexNet"),
+        ("growing", {}, "ssim", "SSIM needs images of at least 11"),  # it is at 8x8
+        ("residual", {"batch_norm": "batch"}, "log_likelihood", "batch_norm is 'batch'"),
+        ("style", {}, "coverage", "need over 5 images, got 5"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_first(runs, tmp_path, monkeypatch, name, options, metric, message):
+    monkeypatch.setattr(fid, "collect", lambda *_: pytest.fail("the rest was measured before"))
+    run = load(getattr(runs, name), **options)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluate(run, ["fid", metric], features=RANDOM, count=5, weights=tmp_path)
+
+
+def test_a_folder_that_cannot_be_is_refused_before_images_are_scored(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(likelihood, "score_batches", lambda *_, **__: pytest.fail("scored"))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file cannot be a folder"):
+        detect_others(load(runs.residual), {"dark": runs.dark}, tmp_path / "file", count=10)
+
+
 def test_a_growing_model_is_compared_at_its_level(runs):
     run = load(runs.growing)
     shapes = {tuple(images.shape[1:]) for images in RealImages(run, None, 20).pixels()}

@@ -84,6 +84,14 @@ def test_files_are_read_in_any_mode_and_sizes_that_differ_are_an_error_or_resize
     assert run.read([wide], resize=True).shape == (1, 3, 16, 16)
     assert grey.read([wide], resize=True).shape == (1, 1, 16, 16)
     assert torch.equal(run.read([runs.grey], 1)[:, :1], grey.read([runs.grey], 1))
+    Image.fromarray(np.zeros((40, 30), np.uint8)).save(tmp_path / "dark.jpg")
+    (tmp_path / "note.txt").touch()
+    photographs = run.read([tmp_path], resize=True)
+    assert torch.equal(photographs, run.read([tmp_path / "dark.jpg", wide], resize=True))
+    assert torch.equal(run.read([tmp_path], 1, resize=True), photographs[:1])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no images in .*empty"):
+        run.read([tmp_path / "empty"], resize=True)
     with pytest.raises(ValueError, match="is in colour, the model takes grey images"):
         grey.read([runs.colour], 1)
 
@@ -233,3 +241,13 @@ def test_a_loaded_model_names_what_it_accepts(runs, kind, shape):
     for count in (0, 2.5):
         with pytest.raises(ValueError, match=f"count is {count}, must be a whole number, at least 1"):
             model.sample(count)
+
+
+def test_truncation_is_a_share_or_more(runs):
+    run = load(runs.style)
+    z = run.prior(2, 0)
+    for wrong in (-0.1, float("nan"), float("inf")):
+        for call in (run.sample, run.decode, run.from_styles):
+            start = {run.sample: 2, run.decode: z, run.from_styles: run.styles(z)}[call]
+            with pytest.raises(ValueError, match=f"truncation is {wrong}, must be 0 or more"):
+                call(start, truncation=wrong)

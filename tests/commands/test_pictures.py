@@ -81,6 +81,8 @@ def test_an_animation_visits_every_picture_and_returns(residual, style, runs, tm
     ends = torch.randn(3, 5)
     torch.testing.assert_close(_round_trip(ends, 4)[::4], ends)
     assert Image.open(interpolate(style, tmp_path / "w.gif", space="w", steps=2)).n_frames == 10
+    whole = interpolate(residual, tmp_path / "f.gif", [runs.grey], steps=2)
+    assert Image.open(whole).n_frames == 2 * len(list(runs.grey.glob("*.png"))) > 8
 
 
 def test_interpolation_in_w_is_linear_in_styles(style, runs, tmp_path):
@@ -104,6 +106,21 @@ def test_mixing_everything_gives_the_source_and_nothing_the_destination(style, r
     assert [cell(c, 2) for c in (1, 2, 3)] == [cell(c, 3) for c in (1, 2, 3)]
     assert cell(1, 1) != cell(2, 1)
     mix(style, tmp_path / "n.png", layers="fine" if style.model.lod > 3 else "middle", sources=[runs.colour])
+
+
+def test_each_destination_can_have_layers_of_its_own(style, runs, tmp_path):
+    picture = Image.open(mix(style, tmp_path / "m.png", count=2, layers=["0-5", "coarse"]))
+    rows = [picture.crop((68, 2 + 66 * row, 200, 66 + 66 * row)).tobytes() for row in range(3)]
+    for row, layers in ((1, "0-5"), (2, "coarse")):
+        alone = Image.open(mix(style, tmp_path / "n.png", count=2, layers=layers))
+        assert alone.crop((68, 2 + 66 * row, 200, 66 + 66 * row)).tobytes() == rows[row]
+    with pytest.raises(
+        ValueError, match="layers are coarse, middle, coarse: one is needed for all, or one for"
+    ):
+        mix(style, tmp_path / "l.png", count=2, layers=["coarse", "middle", "coarse"])
+    command = ["mix", str(runs.style), "--device", "cpu", "--count", "2", "--out", str(tmp_path / "c.png")]
+    assert main([*command, "--layers", "0-5", "coarse"]) == 0
+    assert (tmp_path / "c.png").read_bytes() == (tmp_path / "m.png").read_bytes()
 
 
 def test_layers_by_name_and_range():
@@ -147,6 +164,9 @@ def test_noise_and_style_mixing_are_those_of_the_model(style, runs, tmp_path):
         (lambda run, out, one: interpolate(run, out / "i.gif", [one]), "give 2 or more, got 1"),
         (lambda run, out, one: interpolate(run, out / "i.jpg"), r"ending in \.png, \.gif or \.mp4"),
         (lambda run, out, one: interpolate(run, out / "i.gif", milliseconds=0), "milliseconds is 0"),
+        (lambda run, out, one: interpolate(run, out / "i.gif", milliseconds=9), "is 9, must be 10 to 655350"),
+        (lambda run, out, one: interpolate(run, out / "i.gif", milliseconds=10**6), "is 1000000, must be 10"),
+        (lambda run, out, one: interpolate(run, out / "i.mp4", milliseconds=10**6), "is 1000000, must be 1 "),
         (lambda run, out, one: sample(run, out / "s.png", truncation=float("nan")), "truncation is nan"),
         (lambda run, out, one: sample(run, out / "s.png", columns=0), "columns is 0"),
         (lambda run, out, one: interpolate(run, out / "i.png", steps=1), "steps is 1"),

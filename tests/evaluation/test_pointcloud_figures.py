@@ -30,7 +30,9 @@ def test_the_nearer_point_hides_the_farther():
 
 def test_files(tmp_path):
     clouds = torch.rand(3, 50, 3, generator=torch.Generator().manual_seed(0)) - 0.5
-    draw_clouds(tmp_path / "rows.png", [clouds, clouds], size=48)
+    drawn = []
+    draw_clouds(tmp_path / "rows.png", [clouds, clouds], size=48, drawn=lambda: drawn.append(1))
+    assert len(drawn) == 6
     assert Image.open(tmp_path / "rows.png").width > 3 * 48
     animate(tmp_path / "moving.gif", clouds, size=48)
     assert Image.open(tmp_path / "moving.gif").n_frames >= 5

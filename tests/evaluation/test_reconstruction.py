@@ -1,8 +1,10 @@
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sivae_fast.evaluation.reconstruction import ALEXNET, load_lpips, mse, psnr, ssim
 
@@ -55,3 +57,27 @@ def test_missing_lpips_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
     with pytest.raises(ImportError, match=r"needs torchmetrics and torchvision .*'sivae-fast\[eval\]'"):
         load_lpips(tmp_path)
+
+
+class AlexNet(nn.Module):
+    """Its layers that make images smaller, in place of the package and the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 2, 11, 4, 2), nn.MaxPool2d(3, 2), nn.MaxPool2d(3, 2))
+
+    def forward(self, x, y):
+        return (self.layers(x) - self.layers(y)).square().flatten(1).mean(1)
+
+
+def test_lpips_refuses_images_of_which_its_layers_leave_nothing(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ALEXNET).touch()
+    package = types.SimpleNamespace(
+        LearnedPerceptualImagePatchSimilarity=lambda name: types.SimpleNamespace(net=AlexNet())
+    )
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", package)
+    lpips = load_lpips(tmp_path)
+    assert lpips(torch.rand(2, 3, 31, 31), torch.rand(2, 3, 31, 31)).shape == (2,)
+    with pytest.raises(ValueError, match=r"LPIPS needs images of at least 31 pixels a side, got \[30, 30\]"):
+        lpips(torch.rand(2, 3, 30, 30), torch.rand(2, 3, 30, 30))

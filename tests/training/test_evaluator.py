@@ -14,6 +14,7 @@ from sivae_fast import consistency, measure, measure_clouds, measure_translation
 from sivae_fast.checkpoint import load_newest
 from sivae_fast.commands.report import report
 from sivae_fast.config import ConfigError, make_config
+from sivae_fast.evaluation import reconstruction
 from sivae_fast.evaluation.features import load_features
 from sivae_fast.inference import Inference
 from sivae_fast.measure import evaluate
@@ -154,6 +155,20 @@ def test_small_levels_have_no_ssim(tmp_path, pictures):
     assert found == {"psnr": [16, 32, 48, 64, 80], "ssim": [64, 80]}  # 16 pixels from 48 images on
 
 
+def test_small_levels_have_no_lpips(tmp_path, pictures, monkeypatch):
+    calls = []
+
+    def load_lpips(weights, device):
+        return lambda x, y: calls.append(x.shape[-1]) or torch.zeros(len(x))
+
+    monkeypatch.setattr(evaluator, "load_lpips", load_lpips)
+    monkeypatch.setattr(reconstruction, "load_lpips", load_lpips)
+    monkeypatch.setitem(reconstruction.SMALLEST, "lpips", 16)  # the pictures are no larger; it is 31
+    measured = {**MEASURED, "every": 16, "metrics": ["lpips", "psnr"]}
+    run = train(settings(tmp_path, pictures, model=STYLE, evaluate=measured))
+    assert [r["images"] for r in read_metrics(run)["lpips"]] == [64, 80] and set(calls) == {16}
+
+
 def test_two_ranks_share_the_work(launch):
     shown = {"evaluate__every": 32, "evaluate__metrics": "[fid,mse]", "evaluate__images": 20}
     for ranks in (1, 2):
@@ -188,10 +203,14 @@ def test_what_is_missing_shows_before_there_is_a_run(tmp_path, pictures, changes
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_does_not_fit_the_model_is_named(tmp_path, pictures):
+def test_what_does_not_fit_the_model_is_named(tmp_path, pictures, monkeypatch):
     small = {**RESIDUAL, "resolution": 8}
     with pytest.raises(ConfigError, match="16x16 images of 1 channels, the model takes 8x8"):
         train(settings(tmp_path, pictures, model=small, evaluate={**MEASURED, "data": str(pictures)},
+                       data={"path": str(eight(tmp_path / "eight")), "loader": "torch"}))  # fmt: skip
+    monkeypatch.setattr(evaluator, "load_lpips", lambda weights, device: None)
+    with pytest.raises(ConfigError, match=r"lpips needs images of at least 31 pixels a side, .* is 8"):
+        train(settings(tmp_path, pictures, model=small, evaluate={**MEASURED, "metrics": ["lpips"]},
                        data={"path": str(eight(tmp_path / "eight")), "loader": "torch"}))  # fmt: skip
     with pytest.raises(ConfigError, match="ssim needs images of at least 11 pixels"):
         train(settings(tmp_path, pictures, model=small, evaluate={**MEASURED, "metrics": ["ssim"]},

@@ -12,6 +12,7 @@ import yaml
 from sivae_fast import measure_translation
 from sivae_fast.commands.report import report
 from sivae_fast.config import ConfigError, make_config
+from sivae_fast.evaluation import reconstruction
 from sivae_fast.inference import Inference
 from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.measure_clouds import evaluate_clouds
@@ -147,6 +148,7 @@ def test_lpips_where_its_weights_are(tmp_path, settings, monkeypatch):
         return lambda x, y: torch.full((len(x),), 7.0)
 
     monkeypatch.setattr(measure_translation, "load_lpips", load_lpips)
+    monkeypatch.setitem(reconstruction.SMALLEST, "lpips", 16)  # the model's size
     measured = {"every": 48, "metrics": ["swap_lpips", "lpips"], "weights": "there"}
     found = read_metrics(train(settings("translation", tmp_path, measured)))
     assert found["lpips"][0]["value"] == found["swap_lpips"][0]["mean_image"] == 7 and set(given) == {"there"}
