@@ -322,9 +322,10 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        with open(path, "rb"):  # of a file that may not be read safetensors says that it does not exist
+            return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name} cannot be read as .safetensors ({error})") from error
+        raise CheckpointError(f"{path} cannot be read as .safetensors ({error})") from error
 
 
 def _digest_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -315,6 +315,21 @@ def test_a_flipped_bit_of_a_snapshot_is_noticed(tmp_path, config):
         load(path)
 
 
+def test_a_snapshot_that_cannot_be_read_is_named_with_its_folder(tmp_path, monkeypatch):
+    path = tmp_path / "snapshots" / "0000000001.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"not one")
+    with pytest.raises(CheckpointError, match=rf"^{path} cannot be read as \.safetensors"):
+        load(path)
+
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", forbidden)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        load(path)
+
+
 def test_a_snapshot_without_a_checksum_loads(tmp_path, config):
     path, model = tmp_path / "old.safetensors", make_model(config)
     about = {"format": "sivae-fast 1", "config": json.dumps(config.to_dict()), "images": "1"}
