@@ -55,10 +55,10 @@ class Inference(Trained):
         encode = lambda rows, _: self.model.encode(self.to_input(rows)).mean
         return self.map(encode, images, "encode")
 
-    def decode(self, z: Tensor, seed: int = 0, truncation: float = 1.0, **style) -> Tensor:
-        """uint8 images [N, C, r, r] of latents [N, Z]; truncation and `style` as of `decoded`."""
+    def decode(self, z: Tensor, seed: int = 0, truncation: float = 1.0, **options) -> Tensor:
+        """uint8 images [N, C, r, r] of latents [N, Z]; truncation and further options as of `decoded`."""
         self._check_latents(z)
-        return torch.cat(list(self.decoded(z, seed, truncation, **style)))
+        return torch.cat(list(self.decoded(z, seed, truncation, **options)))
 
     def sample(self, count: int, seed: int = 0, truncation: float = 1.0, **style) -> Tensor:
         """uint8 images [count, C, r, r] of prior samples; truncation and `style` as of `decoded`."""
@@ -68,7 +68,7 @@ class Inference(Trained):
     def reconstruct(self, images: Tensor, seed: int = 0, **style) -> Tensor:
         """uint8 reconstructions [N, C, r, r] of uint8 images [N, C, R, R], from the posterior mean; `style`
         as of `decoded`."""
-        return self.decode(self.encode(images), seed, **style)
+        return self.decode(self.encode(images), seed, encoded=True, **style)
 
     def decoded(
         self,
@@ -79,9 +79,11 @@ class Inference(Trained):
         noise: str = "sample",
         mixing: bool = False,
         round_down: bool = False,
+        encoded: bool = False,
     ) -> Iterator[Tensor]:
         """As `decode`, batch by batch, for sets that one does not want to hold.
 
+        encoded: the latents were made of images (or lie between such), by which batch norm is recalibrated.
         truncation (0 or more), noise: of style models, see `StyleModel.decode`. mixing: their style mixing,
         by which a batch as a whole takes its finer styles from second latents, as in training.
         round_down: to the 8 bits below, not to the nearest.
@@ -90,7 +92,7 @@ class Inference(Trained):
         options |= self.style_options("noise", noise, "sample")
         mixed = self.style_options("mixing", mixing, False)
         decode = self.model.generate if mixed else self.model.decode
-        self._calibrate_decoder()
+        self._calibrate_decoder(encoded)
         body = lambda rows, stream: decode(rows, stream, **options, **mixed)
         return self._mapped(body, z, "decode", seed, round_down)
 

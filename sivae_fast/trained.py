@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sivae_fast.checkpoint import load
 from sivae_fast.config import Config
@@ -30,7 +30,7 @@ class Trained:
     batch: items in one pass; the noise of stochastic decoders depends on it, other results do not.
     batch_norm: "running", "batch" or "recalibrated" (see `evaluation.batchnorm`) for models that have it;
         None takes `default_batch_norm`. Recalibrated: the encoder with the training data, the decoder with
-        prior samples.
+        their posterior means for what was encoded, and with prior samples for samples.
     data: where the data of the run are, if not where the run found them.
     Raises ValueError for options that do not fit.
     """
@@ -67,7 +67,9 @@ class Trained:
         self.batch_norm = None
         if model.uses_batch_statistics:
             self.batch_norm = batch_norm or self.default_batch_norm
-        self._encoder_is_ready = self._decoder_is_ready = self.batch_norm != "recalibrated"
+        self._encoder_is_ready = self.batch_norm != "recalibrated"
+        self._decoder_takes: bool | None = None  # what it is calibrated for: encoded latents, or the prior's
+        self._decoder_statistics: dict[bool, batchnorm.Statistics] = {}
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, averaged: bool = True, device: str = "auto", **options):
@@ -101,9 +103,9 @@ class Trained:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Brings batch norm into its mode, for those who call the model itself."""
+        """Brings batch norm into its mode, for those who encode and decode with the model itself."""
         self._calibrate_encoder()
-        self._calibrate_decoder()
+        self._calibrate_decoder(encoded=True)
 
     def casting(self) -> torch.autocast:
         """The context in which the model computes with this precision, for those who call it themselves."""
@@ -162,13 +164,24 @@ class Trained:
                 )
             self._encoder_is_ready = True
 
-    def _calibrate_decoder(self) -> None:
-        if not self._decoder_is_ready:
-            self._decoder_is_ready = True
-            latents = batchnorm.prior_batches(
-                self.model, CALIBRATION, self.calibration_size, device=self.device
-            )
-            batchnorm.recalibrate_decoder(self.model, latents)
+    def _calibrate_decoder(self, encoded: bool) -> None:
+        """For latents that were encoded, or else for the prior's: the decoder's maps differ between them."""
+        if self.batch_norm != "recalibrated" or self._decoder_takes == encoded:
+            return
+        decoder = nn.ModuleList(self.model.decoder_modules())
+        if encoded in self._decoder_statistics:
+            batchnorm.set_statistics(decoder, self._decoder_statistics[encoded])
+        else:
+            batchnorm.recalibrate_decoder(self.model, self._latents(encoded))
+            self._decoder_statistics[encoded] = batchnorm.statistics(decoder)
+        self._decoder_takes = encoded
+
+    def _latents(self, encoded: bool) -> Iterator[Tensor]:
+        """Batches to calibrate the decoder with."""
+        if not encoded:
+            return batchnorm.prior_batches(self.model, CALIBRATION, self.calibration_size, device=self.device)
+        self._calibrate_encoder()
+        return (self.model.encode(batch).mean for batch in self.calibration_batches())
 
     def _where_the_data_are(self) -> str | os.PathLike | None:
         """None is the made set of data that have one. Raises ValueError for what is not there any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -114,7 +115,8 @@ def interpolate(
     ends = _ends(run, pictures, moving, seed, resize)
     if space == "w":
         ends = run.styles(ends)
-    show = run.from_styles if space == "w" else run.decode
+    decode = functools.partial(run.decode, encoded=bool(pictures))
+    show = run.from_styles if space == "w" else decode
     if moving:
         save_animation(out, show(_round_trip(ends, steps), seed), milliseconds=milliseconds)
     else:

@@ -21,6 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sivae_fast.contract import Model
 
 MODES = ("running", "batch", "recalibrated")
+#: Mean and variance [C] of each layer.
+Statistics = list[tuple[Tensor, Tensor]]
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
@@ -60,6 +62,19 @@ def recalibrate(module: nn.Module, forward: Callable[[Tensor], object], batches:
         for layer, training, momentum in layers:
             layer.training, layer.momentum = training, momentum
     return used
+
+
+def statistics(module: nn.Module) -> Statistics:
+    """A copy of what the layers of `module` normalise with in eval mode."""
+    return [(layer.running_mean.clone(), layer.running_var.clone()) for layer in batch_norms(module)]
+
+
+@torch.no_grad()
+def set_statistics(module: nn.Module, found: Statistics) -> None:
+    """Brings back what `statistics` copied from the same module."""
+    for layer, (mean, variance) in zip(batch_norms(module), found, strict=True):
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)
 
 
 def recalibrate_encoder(model: Model, images: Iterable[Tensor]) -> int:

@@ -152,6 +152,20 @@ def test_the_examples_of_the_guides_run(runs, tmp_path, monkeypatch, guide):
     assert scope["again"].dtype == (torch.float32 if guide == "README.md" else torch.uint8)
 
 
+def test_a_decoder_is_calibrated_for_what_it_decodes(runs):
+    """Reconstructions with the statistics of encoded images, samples with those of the prior, in any order."""
+    run, own = load(runs.residual, batch=24), load(runs.residual, batch=24, batch_norm="batch")
+    images = run.read([runs.grey], 24)
+    sample, rec = run.sample(24, 1), run.reconstruct(images)
+    assert torch.equal(run.sample(24, 1), sample) and torch.equal(run.reconstruct(images), rec)
+    other = load(runs.residual, batch=24)
+    assert torch.equal(other.reconstruct(images), rec) and torch.equal(other.sample(24, 1), sample)
+    z = run.encode(images)
+    assert torch.equal(run.decode(z, encoded=True), rec)
+    as_samples, wanted = run.decode(z).int(), own.reconstruct(images).int()
+    assert (rec.int() - wanted).abs().sum() < 0.2 * (as_samples - wanted).abs().sum()
+
+
 def test_batches_of_one_recalibrate_too(runs, tmp_path):
     encoded = []
     for options in ({"batch": 1}, {"batch": 2}, {"batch": 1, "batch_norm": "running"}):
