@@ -153,7 +153,7 @@ def test_the_examples_of_the_guides_run(runs, tmp_path, monkeypatch, guide):
 
 
 def test_a_decoder_is_calibrated_for_what_it_decodes(runs):
-    """Reconstructions with the statistics of encoded images, samples with those of the prior, in any order."""
+    """Reconstructions with the statistics of encoded images, samples with those of the prior."""
     run, own = load(runs.residual, batch=24), load(runs.residual, batch=24, batch_norm="batch")
     images = run.read([runs.grey], 24)
     sample, rec = run.sample(24, 1), run.reconstruct(images)
