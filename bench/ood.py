@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    facts = {"images_seen": options.images, "norm": options.norm, **machine("cpu")}
     found: dict[str, list[dict]] = {name: [] for name in OBJECTIVES}
     stem = "ood" if options.norm == "batch" else f"ood-{options.norm}"
     options.out.mkdir(parents=True, exist_ok=True)
@@ -177,17 +178,15 @@ def main() -> None:
                 found[name].append(result)
                 if seed == 0:
                     shutil.copy(run / "ood.png", options.out / f"{stem}-{name.replace('_', '-')}.png")
-            write(options.out / f"{stem}.json", found, options.images, options.norm)
+            write(options.out / f"{stem}.json", found, facts)
 
 
-def write(path: Path, found: dict[str, list[dict]], images: int, norm: str) -> None:
+def write(path: Path, found: dict[str, list[dict]], facts: dict) -> None:
     """The results so far; a run that is interrupted keeps the seeds that are complete."""
     document = {
         "what": "AUROC by score, digits against other sets: mean and half-range over seeds",
-        "images_seen": images,
-        "norm": norm,
         "seeds": len(next(iter(found.values()))),
-        **machine("cpu"),
+        **facts,
         "summary": table(found),
         "runs": found,
     }

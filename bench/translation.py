@@ -45,9 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=RUNS, nargs="+", default=list(RUNS))
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="for every run")
     parser.add_argument("--lpips", type=Path, help="folder of AlexNet's weights")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    facts = machine("cpu")  # before pictures change the tree
     functions = error_functions(ERRORS if options.lpips else ("mse", "ssim"), options.lpips)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "translation.json"
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         with torch.no_grad():
             rows[name] = {"processor_seconds": seconds, **measure(swaps, functions)}
             draw(run.model, swaps.factors, options.out / f"translation_{name}.png")
-            result = {**machine("cpu"), "baselines": baselines(swaps, functions), "runs": rows}
+            result = {**facts, "baselines": baselines(swaps, functions), "runs": rows}
         write_text(path, json.dumps(result, indent=1) + "\n")
         print(name, json.dumps(rows[name], indent=1), flush=True)
 
