@@ -21,14 +21,27 @@ Call = Callable[[], object]
 T = TypeVar("T")
 
 
+#: What benches write: changed, it does not make other code of a commit.
+WRITTEN = ("bench/results", "docs", "README.md")
+
+
 def commit() -> str:
-    """What git says of this repository; where there is none, what the variable SIVAE_COMMIT says."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """What git says of this repository; where there is none, what the variable SIVAE_COMMIT says.
+
+    "-dirty" follows where files differ from the commit, but for `WRITTEN`.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        found = _git("describe", "--always").stdout.strip()
+        changed = _git("diff", "--quiet", "HEAD", "--", ":/", *(f":(top,exclude){name}" for name in WRITTEN))
     except OSError:  # no git
+        found = ""
+    if not found:
         return os.environ.get("SIVAE_COMMIT", "unknown")
-    return done.stdout.strip() or os.environ.get("SIVAE_COMMIT", "unknown")
+    return f"{found}-dirty" if changed.returncode else found
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
 
 
 def machine(device: str) -> dict:

@@ -31,6 +31,23 @@ def test_commit_is_that_of_the_repository_or_of_the_environment(measure, monkeyp
     assert measure.commit() == "from outside"
 
 
+def test_results_do_not_make_other_code_of_a_commit(measure, monkeypatch, tmp_path):
+    for name in ("bench/results/one.json", "bench/one.py", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "bench" / "measure.py"))
+    clean = measure.commit()
+    assert clean and "dirty" not in clean
+    for name in ("bench/results/one.json", "README.md"):
+        (tmp_path / name).write_text("after")
+    assert measure.commit() == clean
+    (tmp_path / "bench" / "one.py").write_text("after")
+    assert measure.commit() == f"{clean}-dirty"
+
+
 def test_a_machine_without_git_is_described(measure, monkeypatch):
     def missing(command, **_):
         raise FileNotFoundError(command[0])
