@@ -36,7 +36,7 @@ def test_options_are_named_as_they_were_typed(runs, tmp_path, capsys):
             f"{tmp_path / 'r.pdf'}: a name ending in .html or",
         ),
         (["report", model, "--pictures", "0"], "--pictures is 0, must be at least 1"),
-        (["card", str(runs.colour / "000.png")], "000.png cannot be read as .safetensors"),
+        (["card", str(runs.colour / "000.png")], f"{runs.colour / '000.png'} cannot be read as .safetensors"),
         (["pull", "name"], "repo_id is 'name', must be owner/name"),
         (["convert", "a", str(tmp_path / "b"), "--raw"], f"{tmp_path / 'b'}: a snapshot is a file that ends"),
     ]:

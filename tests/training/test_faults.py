@@ -75,7 +75,11 @@ def test_the_loop_of_the_page_starts_a_killed_run_again(bench, tmp_path):
     bench.assert_as_undisturbed("looped", ranks=1)
 
 
-@pytest.mark.parametrize("agent", [str(ELASTIC), "-mtorch.distributed.run"], ids=["elastic", "torchrun"])
+@pytest.mark.parametrize(
+    "agent",
+    [str(ELASTIC), pytest.param("-mtorch.distributed.run", marks=pytest.mark.slow)],
+    ids=["elastic", "torchrun"],
+)
 def test_run_new_begins_one_run_under_an_agent_that_starts_ranks_again(bench, tmp_path, agent):
     settings = {**SETTINGS, "data.path": bench.images, "run.folder": tmp_path / "runs", "run.new": "true"}
     options = ["--standalone", "--max-restarts", "1"]
