@@ -45,11 +45,11 @@ def train(config: Config) -> Path:
         check_graphs(config, kind, world, device)
         lowered = precision(config, device)
         check_same(program_facts(config, kind, zero) | {"the precision": lowered})
-        if config.train.precision == "auto":
-            logger.info("train.precision=auto: %s", lowered)
         identity = config.identity()  # where the batch is found, it is no part of it
         config = fitted(config, rank, world, device, kind, zero)
         trainer = Trainer(config, make_schedule(config), rank, world, device, kind, zero, identity)
+        if config.train.precision == "auto":
+            logger.info("train.precision=auto: %s", lowered)
         try:
             return trainer.run()
         finally:

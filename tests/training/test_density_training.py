@@ -98,6 +98,7 @@ def test_the_precision_is_that_of_the_processor(tmp_path, monkeypatch, multiplie
     assert all(torch.equal(found[name], explicit[name]) for name in explicit)
     resumed = train(config(tmp_path / "auto", images=704))
     assert len(ticks(resumed)) > 5, "another run"
+    assert f"train.precision=auto: {asked}" in (resumed / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
