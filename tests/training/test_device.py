@@ -28,10 +28,10 @@ def test_cudnn_chooses_by_trying_on_a_gpu_alone(monkeypatch):
     assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
-def config(kind, precision):
+def config(kind, precision, objective="soft_introvae"):
     data = {"mlp": "density", "residual": "images"}[kind]
-    sections = {"model": {"kind": kind}, "data": {"kind": data}, "train": {"precision": precision}}
-    return Config.model_validate(sections)
+    sections = {"model": {"kind": kind}, "data": {"kind": data}, "objective": {"kind": objective}}
+    return Config.model_validate({**sections, "train": {"precision": precision}})
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,11 @@ def config(kind, precision):
 def test_auto_lowers_where_that_was_measured(monkeypatch, kind, place, multiplies, found):
     monkeypatch.setattr(device, "multiplies_bf16", lambda: multiplies)
     assert device.precision(config(kind, "auto"), torch.device(place)) == found
+
+
+def test_auto_lowers_no_objective_that_was_not_measured_enough(monkeypatch):
+    monkeypatch.setattr(device, "multiplies_bf16", lambda: True)
+    assert device.precision(config("mlp", "auto", "vae"), torch.device("cpu")) == "fp32"
 
 
 @pytest.mark.parametrize("asked", ["fp32", "bf16"])
