@@ -1,13 +1,16 @@
-"""The pointwise chain of the style model: the project's operator beside plain PyTorch and torch.compile.
+"""What the style model does to a map between convolutions: the project's operators beside plain PyTorch and
+torch.compile.
 
-    python bench/chains.py [--batches 8 16 32] [--config launch/configs/ffhq256.yaml]
+    python bench/chains.py [--batches 8 16 32] [--only encoder blur] [--config launch/configs/ffhq256.yaml]
 
-Decoder: bias, noise, leaky ReLU, instance norm, modulation. Encoder: bias, leaky ReLU, instance norm with the
-gradients of its moments. At the maps of every level of a configuration, in bf16 on a GPU and fp32 on a CPU;
-a version that misses float64 is not timed. `least_mib` is what moves at least: two reads and one write of a
-map forward, four and one backward; for maps of up to 32x32 one and one, two and one. Inputs rotate through
-more than three times the L2 cache ("cold") where 32 sets suffice for that, else they stay in it ("hot"). On a
-CPU the operator is the plain chain and has no rows of its own. Writes chains-<device>.json.
+decoder: bias, noise, leaky ReLU, instance norm, modulation. encoder: bias, leaky ReLU, instance norm with the
+gradients of its moments. blur; from_rgb and to_rgb: the layers between images and features, from_rgb without
+a gradient for images, as where the encoder trains. At the maps of every level of a configuration, in bf16 on
+a GPU and fp32 on a CPU; a version that misses float64 is not timed. `least_mib` is what moves at least, see
+`passes`. What torch.compile gets of the blur is sums of shifted maps, which it fuses, unlike convolutions.
+Inputs rotate through more than three times the L2 cache ("cold") where 32 sets suffice for that, else they
+stay in it ("hot"). On a CPU the operators are plain PyTorch and have no rows of their own. Writes
+chains-<device>.json.
 """
 
 from __future__ import annotations
@@ -20,34 +23,65 @@ from pathlib import Path
 import torch
 from measure import Captured, copy_bandwidth, each, machine, reason, rounds, save, second_level_cache, wall
 from torch import Tensor
+from torch.nn import functional as F
 
 from sivae_fast.config import load_config
+from sivae_fast.kernels.blur import blur, blur_weight
+from sivae_fast.kernels.rgb import from_rgb, to_rgb
 from sivae_fast.kernels.style import activate_normalize, reference
 
 RESULTS = Path(__file__).parent / "results"
-CHAINS = ("decoder", "encoder")
 DIRECTIONS = ("forward", "backward", "both")
 LIMITS = {torch.bfloat16: (1e-2, 1e-2), torch.float32: (1e-4, 1e-4)}  # of values, of gradients
 #: Of plain PyTorch and what is compiled from it in bf16, which rounds after every operation: sums that nearly
 #: cancel, as the gradient of a bias before a normalization, lose a quarter. The operator sums in float32.
 OF_PLAIN = {**LIMITS, torch.bfloat16: (2e-2, 0.5)}
-Chain = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Chain = Callable[..., tuple[Tensor, ...]]
 
 
-def plain(x, bias, noise, weight, style) -> tuple[Tensor, Tensor, Tensor]:
+def plain(x, bias, noise, weight, style) -> tuple[Tensor, ...]:
     return reference(x, bias, noise, weight, style, 1e-8, 0.2)
 
 
-def fused(x, bias, noise, weight, style) -> tuple[Tensor, Tensor, Tensor]:
+def fused(x, bias, noise, weight, style) -> tuple[Tensor, ...]:
     return activate_normalize(x, bias=bias, noise=noise, weight=weight, style=style, eps=1e-8)
 
 
-def providers(device: str) -> dict[str, Chain]:
+def plain_blur(x) -> tuple[Tensor, ...]:
+    return (F.conv2d(x, blur_weight(x.shape[1]).to(x), padding=1, groups=x.shape[1]),)
+
+
+def shifted_blur(x) -> tuple[Tensor, ...]:
+    wide = F.pad(x.float(), (1, 1, 1, 1))
+    rows = 0.25 * (wide[..., :-2] + wide[..., 2:]) + 0.5 * wide[..., 1:-1]
+    return ((0.25 * (rows[:, :, :-2] + rows[:, :, 2:]) + 0.5 * rows[:, :, 1:-1]).to(x.dtype),)
+
+
+def plain_from_rgb(x, weight, bias) -> tuple[Tensor, ...]:
+    return (F.leaky_relu(F.conv2d(x, weight.to(x), bias.to(x)), 0.04),)
+
+
+def plain_to_rgb(x, weight, bias) -> tuple[Tensor, ...]:
+    return (F.conv2d(x, weight.to(x), bias.to(x)),)
+
+
+#: Plain PyTorch, what torch.compile gets, and the operator.
+CHAINS: dict[str, tuple[Chain, Chain, Chain]] = {
+    "decoder": (plain, plain, fused),
+    "encoder": (plain, plain, fused),
+    "blur": (plain_blur, shifted_blur, lambda x: (blur(x),)),
+    "from_rgb": (plain_from_rgb, plain_from_rgb, lambda *given: (from_rgb(*given, 0.04),)),
+    "to_rgb": (plain_to_rgb, plain_to_rgb, lambda *given: (to_rgb(*given),)),
+}
+
+
+def providers(device: str, kind: str) -> dict[str, Chain]:
     torch._dynamo.reset()
     # Backward passes are repeated on one graph, and compiling for each direction would take too long.
     torch._functorch.config.donated_buffer = False
-    found = {"plain": plain, "compile": torch.compile(plain, dynamic=False)}
-    return {**found, "fused": fused} if device == "cuda" else found
+    eager, other, operator = CHAINS[kind]
+    found = {"plain": eager, "compile": torch.compile(other, dynamic=False)}
+    return {**found, "fused": operator} if device == "cuda" else found
 
 
 def sizes(config: str) -> list[tuple[int, int]]:
@@ -60,9 +94,12 @@ def sizes(config: str) -> list[tuple[int, int]]:
     return found
 
 
-def passes(side: int, direction: str) -> int:
-    """Reads and writes of a map, at least; one of up to 32x32 stays where it is between two readings."""
-    forward, backward = (2, 3) if side <= 32 else (3, 5)
+def passes(kind: str, side: int, direction: str) -> int:
+    """Reads and writes of a map of features, at least; a chain's of up to 32x32 stays where it is between two
+    readings. from_rgb has no gradient for its images, which count as nothing beside features."""
+    forward, backward = {"blur": (2, 2), "from_rgb": (1, 1), "to_rgb": (1, 2)}.get(
+        kind, (2, 3) if side <= 32 else (3, 5)
+    )
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
@@ -74,17 +111,27 @@ class Case:
     ):
         generator = torch.Generator(device).manual_seed(seed)
         new = lambda *size: torch.randn(size, generator=generator, device=device)
-        x = new(batch, channels, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
-        self.inputs = [x, new(channels), None, None, None]
-        self.by = [torch.randn_like(x)]
-        if kind == "decoder":
-            self.inputs[2:] = new(batch, 1, side, side), new(channels), new(batch, 2 * channels)
-        else:
-            self.by += [new(batch, channels) for _ in range(2)]
+        new_map = lambda c: new(batch, c, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
+        x, image = new_map(channels), new_map(3)
+        self.map_bytes = x.numel() * x.element_size()
+        per_channel = [new(batch, channels) for _ in range(2)]
+        self.inputs, self.by = {
+            "decoder": lambda: (
+                [x, new(channels), new(batch, 1, side, side), new(channels), new(batch, 2 * channels)],
+                [torch.randn_like(x)],
+            ),
+            "encoder": lambda: ([x, new(channels), None, None, None], [torch.randn_like(x), *per_channel]),
+            "blur": lambda: ([x], [torch.randn_like(x)]),
+            "from_rgb": lambda: ([image, new(channels, 3, 1, 1), new(channels)], [torch.randn_like(x)]),
+            "to_rgb": lambda: ([x, new(3, channels, 1, 1), new(3)], [torch.randn_like(image)]),
+        }[kind]()
+        self.constants = {"decoder": (2,), "from_rgb": (0,)}.get(kind, ())
         self.require()
 
     def require(self) -> None:
-        self.wanted = [self.inputs[i].requires_grad_() for i in (0, 1, 3, 4) if self.inputs[i] is not None]
+        self.wanted = [
+            t.requires_grad_() for i, t in enumerate(self.inputs) if t is not None and i not in self.constants
+        ]
 
     @property
     def bytes(self) -> int:
@@ -92,6 +139,7 @@ class Case:
 
     def double(self) -> Case:
         other = Case.__new__(Case)
+        other.constants = self.constants
         other.inputs = [None if t is None else t.detach().double() for t in self.inputs]
         other.by = [t.double() for t in self.by]
         other.require()
@@ -133,12 +181,12 @@ def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> l
     """Rows of one case: every provider and direction."""
     case = Case(kind, batch, channels, side, dtype, device)
     wide = case.double()
-    outputs = plain(*wide.inputs)
+    outputs = CHAINS[kind][0](*wide.inputs)
     exact = [*outputs, *wide.backward(outputs)]
     del wide, outputs
     base = {"chain": kind, "batch": batch, "channels": channels, "side": side}
     rows, sound = [], {}
-    runs, refused = providers(device), {}
+    runs, refused = providers(device, kind), {}
     missed = each({name: partial(misses, run, case, exact) for name, run in runs.items()}, refused)
     for name, errors in missed.items():
         limits = (LIMITS if name == "fused" else OF_PLAIN)[dtype]
@@ -164,7 +212,7 @@ def measure(kind, batch, channels, side, dtype, device, seconds, bandwidth) -> l
         rows += [
             {**base, "provider": name, "refused": f"{direction}: {why}"} for name, why in refused.items()
         ]
-        least = passes(side, direction) * case.inputs[0].numel() * case.inputs[0].element_size()
+        least = passes(kind, side, direction) * case.map_bytes
         for name, (_, errors) in sound.items():
             if name in refused:
                 continue
@@ -203,6 +251,7 @@ def table(rows: list[dict]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", default="launch/configs/ffhq256.yaml")
+    parser.add_argument("--only", choices=CHAINS, nargs="+", default=list(CHAINS))
     parser.add_argument("--batches", type=int, nargs="+", help="8 16 32; on the CPU 2")
     parser.add_argument(
         "--sides", type=int, nargs="+", help="of maps; all of the configuration's, on the CPU to 64"
@@ -222,13 +271,13 @@ def main(arguments: list[str] | None = None) -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "clock": "CUDA graph and wall" if device == "cuda" else "processor time, best of single calls",
         "copy_gb_per_second": bandwidth and bandwidth / 1e9,
-        "not_measured": [] if device == "cuda" else ["the fused operator: it runs on a GPU alone"],
+        "not_measured": [] if device == "cuda" else ["the fused operators: they run on a GPU alone"],
     }
     for channels, side in sizes(options.config):
         if side not in (options.sides or range(largest + 1)):
             continue
         for batch in options.batches or ([8, 16, 32] if device == "cuda" else [2]):
-            for kind in CHAINS:
+            for kind in options.only:
                 try:
                     rows += measure(kind, batch, channels, side, dtype, device, options.seconds, bandwidth)
                 except Exception as error:

@@ -59,7 +59,7 @@ run chamfer python3 bench/chamfer.py --batch 32 --out "$out"
 if command -v compute-sanitizer > /dev/null; then
   # Every tensor in an allocation of its own, or an access past its end would meet its neighbour.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitize timeout 600 compute-sanitizer --error-exitcode 1 "${pytest[@]}" \
-    tests/kernels/test_gpu.py tests/kernels/triton_cases -k "full_size or map_chains or sizes or many_chunks"
+    tests/kernels/test_gpu.py tests/kernels/triton_cases -k "full_size or map_chains or map_layers or sizes or many_chunks"
 elif [[ $parts = *" sanitize "* ]]; then
   echo "sanitize: compute-sanitizer is not installed" | tee "$out/sanitize.txt"
 fi

@@ -94,6 +94,24 @@ class MapShape(NamedTuple):
         return cls(block_p, block_c, span, -(-pixels // span), _warps(most_warps * block_p * block_c // tile))
 
 
+def blur_shape(rows: int, width: int, item_bytes: int) -> tuple[int, int, int]:
+    """(numbers of a row a program, warps, rows a program) of the blur: a 16-byte load a thread and place.
+
+    A program also reads the rows before its first and after its last, hence 16 rows where there are enough.
+    """
+    block = min(max(power_of_2(width), 64), 2048 // item_bytes)
+    return block, _warps(4 * block * item_bytes // 2048), min(max(rows // 4, 4), 16)
+
+
+def rgb_shape(features: int, pixels: int, item_bytes: int) -> MapShape:
+    """As `MapShape.of`, between images and `features`: for products on tensor cores no side is below 16."""
+    block_c = min(max(power_of_2(features), 16), 64)
+    block_p = 8192 // item_bytes // block_c
+    tiles = -(-pixels // block_p)
+    span = -(-tiles // min(max(tiles // 8, 1), 64)) * block_p
+    return MapShape(block_p, block_c, span, -(-pixels // span), _warps(4))
+
+
 def _warps(nvidia: int) -> int:
     """Warps of 32 threads, or half as many wavefronts of 64."""
     return max(nvidia // 2 if torch.version.hip else nvidia, 1)

@@ -21,7 +21,8 @@ class FusedOperator:
         upstream: gradients by the differentiable outputs that have one, `needs` marks first which of them
         do and then which tensors want a gradient; `outputs` are those without gradients. Returns the wanted
         gradients.
-    fake and backward_fake are the same without data, for tracing.
+    fake and backward_fake are the same without data, for tracing. A linear function needs none of its
+    `tensors` for its gradient: without keeps_tensors `backward` gets an empty list of them.
 
     Registered without torch.library.custom_op, whose wrapper takes twice the time a call on the CPU.
     """
@@ -35,8 +36,10 @@ class FusedOperator:
         backward: Callable[..., list[Tensor]],
         backward_fake: Callable[..., list[Tensor]],
         differentiable: int = 1,
+        keeps_tensors: bool = True,
     ):
         self.forward, self.backward, self.differentiable = forward, backward, differentiable
+        self.keeps_tensors = keeps_tensors
         self.operator = _define(name, _FORWARD, forward, fake)
         self.backward_operator = _define(f"{name}_backward", _BACKWARD, backward, backward_fake)
         torch.library.register_autograd(self.operator, self._listed_backward, setup_context=self._setup)
@@ -63,6 +66,7 @@ class FusedOperator:
 
     def save(self, ctx, tensors, constants, settings, output) -> None:
         rest = output[self.differentiable :]
+        tensors = tensors if self.keeps_tensors else ()
         ctx.save_for_backward(*tensors, *constants, *rest)
         ctx.sizes, ctx.settings = (len(tensors), len(constants)), settings
         ctx.mark_non_differentiable(*rest)
@@ -76,14 +80,16 @@ class FusedOperator:
         parts = saved[:tensors], saved[tensors : tensors + constants], saved[tensors + constants :]
         marks = [*(gradient is not None for gradient in upstream), *needs]
         given = [gradient for gradient in upstream if gradient is not None]
-        direct = _plain(saved) and not torch.is_grad_enabled()
+        direct = _plain((*saved, *given)) and not torch.is_grad_enabled()
         run = self.backward if direct else self.backward_operator
         wanted = iter(run(given, *parts, marks, *ctx.settings))
         return [next(wanted) if needed else None for needed in needs]
 
     def _listed_backward(self, ctx, upstream: Sequence[Tensor | None]):
         needs, constants = ctx.needs_input_grad[:2]
-        return self.gradients(ctx, upstream, needs), [None] * len(constants), None, None, None
+        # To PyTorch an empty list is one of tensors, whatever else it could hold.
+        plan, numbers = (None if len(values) else [] for values in ctx.settings[:2])
+        return self.gradients(ctx, upstream, needs), [None] * len(constants), plan, numbers, None
 
 
 class _Eager(torch.autograd.function._SingleLevelFunction):

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _maps
 from ._batch import rows
 from ._launch import MapShape, on_device
 
@@ -342,26 +343,13 @@ def gradient_kernel(
         tl.store(to_bias + place, tl.sum(bias_share, 0), known)
 
 
-def arranged(x: Tensor) -> tuple[Tensor, bool]:
-    """`x` with dense samples, copied only where they are not, and whether they are channels-last."""
-    one = x[:1]
-    if one.is_contiguous(memory_format=torch.channels_last):
-        return x, True
-    if one.is_contiguous():
-        return x, False
-    return x.contiguous(memory_format=torch.channels_last), True
-
-
-def memory_format(last: bool) -> torch.memory_format:
-    return torch.channels_last if last else torch.contiguous_format
-
-
 class _Launch:
     """What all launches over one map share."""
 
     def __init__(self, x: Tensor, noise, weight, bias, style, slope: float):
-        x, self.last = arranged(x)
+        x = _maps.dense(x)
         self.x, (self.samples, self.c, h, w) = x, x.shape
+        self.last = _maps.is_last(x)
         self.n = h * w
         self.shape = MapShape.of(self.c, self.n, self.last, x.element_size())
         noise = None if noise is None else rows(noise)
@@ -369,16 +357,12 @@ class _Launch:
         self.style = None if style is None else rows(style)
         self.maps = x, noise, weight, bias
         self.apart = x.stride(0), 0 if shared else noise.stride(0)
-        self.strides = (self.c, 1) if self.last else (1, self.n)
+        self.strides = _maps.strides(x)
         self.sizes = self.c, self.n, self.shape.span, self.shape.chunks, slope
         self.style_apart = 0 if style is None else self.style.stride(0)
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.x.device)
-
-    def map_like(self) -> Tensor:
-        x = self.x
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(self.last))
 
     def slots(self) -> Tensor | None:
         chunks = self.shape.chunks
@@ -397,7 +381,7 @@ def forward(x: Tensor, noise, weight, bias, style, eps: float, slope: float) -> 
     slots = launch.slots()
     if slots is not None:
         launch(moments_kernel, *launch.maps, slots, *launch.apart, *launch.strides, *launch.sizes)
-    y, kept = launch.map_like(), launch.new(2, launch.samples, launch.c)
+    y, kept = _maps.like(launch.x), launch.new(2, launch.samples, launch.c)
     variance, mean = (launch.new(launch.samples, launch.c) for _ in range(2))
     launch(
         normalize_kernel, *launch.maps, launch.style, slots, y, variance, mean, kept, *launch.apart,
@@ -423,7 +407,7 @@ def backward(
     launch = _Launch(x, noise, weight, bias, style, slope)
     slots = None
     if by_y is not None:
-        by_y = by_y.contiguous(memory_format=memory_format(launch.last))
+        by_y = by_y.contiguous(memory_format=_maps.memory_format(launch.last))
         slots = launch.slots()
     if slots is not None:
         launch(
@@ -436,7 +420,7 @@ def backward(
             *launch.strides,
             *launch.sizes,
         )
-    to_x = launch.map_like() if needs[0] else None
+    to_x = _maps.like(launch.x) if needs[0] else None
     to_style = torch.empty(style.shape, dtype=style.dtype, device=style.device) if needs[3] else None
     shares = launch.new(needs[1] + needs[2], launch.samples * launch.shape.chunks, launch.c)
     by_moments = [None if g is None else g.contiguous() for g in (by_variance, by_mean)]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _maps
 from ._launch import runs_triton
 from ._operator import FusedOperator
 
@@ -165,7 +166,7 @@ def _forward(tensors, constants, plan, numbers, kind) -> list[Tensor]:
 def _fake(tensors, constants, plan, numbers, kind) -> list[Tensor]:
     x = tensors[0]
     new = lambda *shape: x.new_empty(shape, dtype=torch.float32)
-    return [_map_like(x), *(new(*x.shape[:2]) for _ in range(2)), new(2, *x.shape[:2])]
+    return [_maps.like(x), *(new(*x.shape[:2]) for _ in range(2)), new(2, *x.shape[:2])]
 
 
 def _backward(upstream, tensors, constants, outputs, needs, plan, numbers, kind) -> list[Tensor]:
@@ -181,15 +182,8 @@ def _backward(upstream, tensors, constants, outputs, needs, plan, numbers, kind)
 
 
 def _backward_fake(upstream, tensors, constants, outputs, needs, plan, numbers, kind) -> list[Tensor]:
-    gradients = [_map_like(tensors[0]), *(t.new_empty(t.shape) for t in tensors[1:])]
+    gradients = [_maps.like(tensors[0]), *(t.new_empty(t.shape) for t in tensors[1:])]
     return [gradient for gradient, needed in zip(gradients, needs[3:], strict=True) if needed]
-
-
-def _map_like(x: Tensor) -> Tensor:
-    """As the kernels lay out their maps: as x, channels-last where a sample of x is not dense."""
-    contiguous = x[:1].is_contiguous() and not x[:1].is_contiguous(memory_format=torch.channels_last)
-    form = torch.contiguous_format if contiguous else torch.channels_last
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=form)
 
 
 _STYLE = FusedOperator(

@@ -22,11 +22,16 @@ def chains(monkeypatch):
 
 
 def test_times_stand_beside_errors_and_what_is_wrong_gets_none(chains, tmp_path, monkeypatch, capsys):
-    def wrong(*inputs):
-        y, variance, mean = chains.plain(*inputs)
-        return 1.001 * y, variance, mean
+    def providers(device, kind):
+        plain, _, _ = chains.CHAINS[kind]
 
-    monkeypatch.setattr(chains, "providers", lambda _: {"plain": chains.plain, "wrong": wrong})
+        def wrong(*inputs):
+            y, *moments = plain(*inputs)
+            return 1.001 * y, *moments
+
+        return {"plain": plain, "wrong": wrong}
+
+    monkeypatch.setattr(chains, "providers", providers)
     config = str(ROOT / "launch/configs/ffhq256.yaml")
     chains.main(
         ["--config", config, "--sides", "4", "--batches", "2", "--seconds", "0", "--out", str(tmp_path)]
@@ -42,8 +47,9 @@ def test_times_stand_beside_errors_and_what_is_wrong_gets_none(chains, tmp_path,
     assert all(row["refused"] and "wall_ms" not in row for row in rows if row["provider"] == "wrong")
     forward = next(row for row in rows if row.get("direction") == "forward")
     assert forward["least_mib"] == 2 * 4 * 2 * 512 * 16 / 2**20
-    assert [chains.passes(32, d) for d in chains.DIRECTIONS] == [2, 3, 5]
-    assert [chains.passes(64, d) for d in chains.DIRECTIONS] == [3, 5, 8]
+    assert [chains.passes("encoder", 32, d) for d in chains.DIRECTIONS] == [2, 3, 5]
+    assert [chains.passes("decoder", 64, d) for d in chains.DIRECTIONS] == [3, 5, 8]
+    assert [chains.passes("from_rgb", 64, d) for d in chains.DIRECTIONS] == [1, 1, 2]
     assert "| decoder | 512 x 4x4 | 2 | both |" in capsys.readouterr().out
 
 
@@ -55,12 +61,24 @@ def test_a_provider_that_fails_while_it_is_timed_costs_no_other(chains, monkeypa
             raise RuntimeError("not captured")
         return whole(run, case, direction)
 
-    monkeypatch.setattr(chains, "providers", lambda _: {"plain": chains.plain, "twin": twin})
+    monkeypatch.setattr(chains, "providers", lambda *_: {"plain": chains.plain, "twin": twin})
     monkeypatch.setattr(chains, "call", call)
     rows = chains.measure("encoder", 2, 8, 4, torch.float32, "cpu", 0, None)
     timed = [(row["provider"], row["direction"]) for row in rows if "wall_ms" in row]
     assert timed == [(p, d) for d in chains.DIRECTIONS for p in ("plain", "twin")][:-1]
     assert [row["refused"] for row in rows if "refused" in row] == ["both: RuntimeError: not captured"]
+
+
+@pytest.mark.parametrize("kind", ["blur", "from_rgb", "to_rgb"])
+def test_what_is_compared_is_the_same(chains, kind):
+    case = chains.Case(kind, 2, 8, 5, torch.float64, "cpu")
+    found = []
+    for run in chains.CHAINS[kind]:
+        outputs = run(*case.inputs)
+        found.append([*outputs, *case.backward(outputs)])
+    for others in found[1:]:
+        for got, want in zip(others, found[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # sums of shifted maps are fp32
 
 
 def test_maps_are_those_of_the_configuration(chains):

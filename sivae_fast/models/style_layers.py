@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sivae_fast.kernels.blur import blur, blur_weight
+from sivae_fast.kernels.rgb import from_rgb, to_rgb
 from sivae_fast.kernels.style import activate_normalize, fuses
 from sivae_fast.models.enlarging import twice
 
@@ -83,15 +85,20 @@ def double(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv_transpose2d(x, F.avg_pool2d(weight, 2, 1, 1), stride=2, padding=1)
 
 
-def blur_kernel(channels: int, gain: float = 1.0) -> Tensor:
-    """[1, 2, 1] x [1, 2, 1] / 16, times `gain`, for every channel: [channels, 1, 3, 3]."""
-    row = torch.tensor([0.25, 0.5, 0.25])
-    return gain * torch.outer(row, row).repeat(channels, 1, 1, 1)
+class Blur(nn.Module):
+    """[1, 2, 1] x [1, 2, 1] / 16 a channel, times `gain`, with zeros outside."""
 
+    def __init__(self, channels: int, gain: float = 1.0):
+        super().__init__()
+        self.gain = gain
+        self.register_buffer("weight", blur_weight(channels, gain), persistent=False)
 
-def blur(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Depthwise, with zeros outside, plus a bias."""
-    return F.conv2d(x, kernel, None if bias is None else bias.flatten(), padding=1, groups=x.shape[1])
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """bias: only where a convolution adds it while it writes, see `bias_places`."""
+        if bias is None and fuses(x):
+            return blur(x, self.gain)
+        bias = None if bias is None else bias.flatten()
+        return F.conv2d(x, self.weight, bias, padding=1, groups=x.shape[1])
 
 
 def statistics(variance: Tensor, mean: Tensor) -> Tensor:
@@ -122,12 +129,12 @@ class EncoderBlock(nn.Module):
         self.conv_2 = conv3(inputs, outputs)
         self.style_1 = linear(2 * inputs, latent)
         self.style_2 = linear(2 * outputs, latent)
-        self.register_buffer("blur", blur_kernel(inputs), persistent=False)
+        self.blur = Blur(inputs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         inside, after = bias_places(x, self.bias_1)
         x, w = self._normalized(self.conv_1.conv(x, inside), after, self.style_1)
-        x = blur(x, self.blur)
+        x = self.blur(x)
         inside, after = bias_places(x, self.bias_2)
         x, share = self._normalized(halve(x, self.conv_2.weight, inside), after, self.style_2)
         return x, w + share
@@ -165,7 +172,7 @@ class Encoder(nn.Module):
 
     def _features(self, x: Tensor, block: int) -> Tensor:
         # The published network applies its leaky ReLU twice here.
-        return F.leaky_relu_(self.from_rgb[block].conv(x), SLOPE * SLOPE)
+        return from_rgb(x, self.from_rgb[block].weight, self.from_rgb[block].bias, SLOPE * SLOPE)
 
 
 def bump(x: Tensor, block: int) -> Tensor:
@@ -186,7 +193,7 @@ class DecoderBlock(nn.Module):
         self.bias_2 = per_channel(outputs)
         if index > 0:
             self.conv_1 = Equalized(inputs, outputs, 3, 3, fan_in=9 * inputs)
-            self.register_buffer("blur", blur_kernel(outputs, gain=4), persistent=False)
+            self.blur = Blur(outputs, gain=4.0)
         self.style_1 = linear(latent, 2 * outputs, gain=1)
         self.conv_2 = conv3(outputs, outputs)
         self.style_2 = linear(latent, 2 * outputs, gain=1)
@@ -194,7 +201,7 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Tensor, styles: tuple[Tensor, Tensor], noise: tuple[Noise, Noise]) -> Tensor:
         inside, after = bias_places(x, self.bias_1)
         if self.index > 0:
-            x = blur(double(x, self.conv_1.weight), self.blur, inside)
+            x = self.blur(double(x, self.conv_1.weight), inside)
         elif inside is not None:
             x = x + inside
         x = self._modulated(x, (inside, after), self.noise_weight_1, noise[0], self.style_1.linear(styles[0]))
@@ -239,11 +246,14 @@ class Decoder(nn.Module):
         x = self.const
         for i in range(lod):
             x = self._block(i, x, styles, noise)
-        image = self.to_rgb[lod].conv(self._block(lod, x, styles, noise))
+        image = self._image(lod, self._block(lod, x, styles, noise))
         if blend is None:
             return image
-        below = twice(self.to_rgb[lod - 1].conv(x))
+        below = twice(self._image(lod - 1, x))
         return torch.lerp(below, image, blend.to(image.dtype))
+
+    def _image(self, lod: int, x: Tensor) -> Tensor:
+        return to_rgb(x, self.to_rgb[lod].weight, self.to_rgb[lod].bias)
 
     def _block(self, i: int, x: Tensor, styles: Tensor, noise: list[Noise]) -> Tensor:
         return self.blocks[i](x, styles[:, 2 * i : 2 * i + 2].unbind(1), noise[2 * i : 2 * i + 2])

@@ -20,7 +20,16 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from sivae_fast.kernels import _parts_triton, _phase_triton, _single_triton, _style_triton  # noqa: E402
+from sivae_fast.kernels import (  # noqa: E402
+    _blur_triton,
+    _parts_triton,
+    _phase_triton,
+    _rgb_triton,
+    _single_triton,
+    _style_triton,
+)
+
+MODULES = (_blur_triton, _parts_triton, _phase_triton, _rgb_triton, _single_triton, _style_triton)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -42,6 +51,10 @@ REGISTERS = {
     "normalize_kernel": (104, 128),
     "gradient_sums_kernel": (96, 128),
     "gradient_kernel": (152, 152),
+    "blur_kernel": (64, 64),
+    "widen_kernel": (96, 96),
+    "narrow_kernel": (248, 192),
+    "shares_kernel": (152, 168),
 }
 #: Older compilers count registers otherwise: there the kernels have to compile.
 BUDGETED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
@@ -64,7 +77,7 @@ def compiled(request, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launches.append((self.kernel, args, options))
 
-    for module in (_phase_triton, _parts_triton, _single_triton, _style_triton):
+    for module in MODULES:
         for name in REGISTERS:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
@@ -254,3 +267,35 @@ def test_other_batches_and_larger_maps_take_the_same_kernels(compiled):
     shapes = ((8, 64, 64, 64), (16, 64, 64, 64), (3, 64, 128, 128))
     _, launches = compiled(lambda: [style_launches(torch.bfloat16, shape) for shape in shapes])
     assert len(launches) == 12 and len({(name, artifact.hash) for name, artifact in launches}) == 4
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("shape", CHAINS.values(), ids=CHAINS)
+def test_blur(compiled, shape, dtype):
+    x = torch.zeros(shape, dtype=DTYPES[dtype]).contiguous(memory_format=torch.channels_last)
+    within_budget(compiled(lambda: _blur_triton.blur(x, 4.0)), ("blur_kernel",))
+
+
+def rgb_launches(dtype, shape, colors=3):
+    """Both layers between images and features, both ways, with every gradient."""
+    b, c, h, w = shape
+    features, image = (
+        torch.zeros(b, k, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        for k in (c, colors)
+    )
+    weight, bias = torch.zeros(c, colors).t(), torch.zeros(c)
+    _rgb_triton.widen(image, weight, bias, 0.04, features)
+    _rgb_triton.narrow(features, weight, None, image, image, (bias, 0.04))
+    _rgb_triton.shares(features, image, weight, (bias, 0.04))
+    weight = torch.zeros(colors, c)
+    _rgb_triton.narrow(features, weight, torch.zeros(colors), image)
+    _rgb_triton.widen(image, weight, None, 1.0, features)
+    _rgb_triton.shares(features, image)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("shape", CHAINS.values(), ids=CHAINS)
+def test_between_images_and_features(compiled, shape, dtype):
+    target, launches = compiled(lambda: rgb_launches(DTYPES[dtype], shape))
+    if target != "gfx942":  # scalar registers spill there
+        within_budget((target, launches), ceiling=1 if dtype == "fp32" else 0)

@@ -7,7 +7,9 @@ import torch
 
 from sivae_fast import Posterior, SoftIntroVAE, Term
 from sivae_fast.kernels import _single_triton
+from sivae_fast.kernels.blur import blur
 from sivae_fast.kernels.introspective import phase
+from sivae_fast.kernels.rgb import from_rgb, to_rgb
 from sivae_fast.kernels.style import activate_normalize
 from tests.kernels.losses import ROUNDING, SOFT_MEMBERS, chain, close, distinct, exact, leaves, soft, table
 
@@ -286,3 +288,34 @@ def test_a_map_chain_keeps_its_input_alone():
     y, *moments = activate_normalize(**chain.given, eps=1e-5)
     held = torch.cuda.memory_allocated() - before
     assert held <= 1.01 * y.numel() * y.element_size() and moments[0].requires_grad
+
+
+def value_and_gradients(run, given):
+    given = [t.detach().requires_grad_() for t in given]
+    y = run(*given)
+    upstream = torch.linspace(-1, 1, y.numel(), device="cuda").bfloat16().view(y.shape)
+    return [y, *torch.autograd.grad(y, given, upstream.to(y))]
+
+
+@pytest.mark.parametrize(("channels", "side"), [(64, 256), (128, 128), (512, 32), (512, 4)])
+def test_map_layers(channels, side):
+    """The blur and both layers between images and features: float64's values, the same bits, no waiting."""
+    torch.manual_seed(0)
+    new = lambda *size: torch.randn(size, device="cuda").bfloat16()
+    wide, image = (new(4, c, side, side).contiguous(memory_format=torch.channels_last) for c in (channels, 3))
+    for run, given in (
+        (blur, [wide]),
+        (from_rgb, [image, new(channels, 3, 1, 1).float(), new(channels).float()]),
+        (to_rgb, [wide, new(3, channels, 1, 1).float(), new(3).float()]),
+    ):
+        first = value_and_gradients(run, given)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            second = value_and_gradients(run, given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        exact = value_and_gradients(run, [t.double() for t in given])
+        for got, want in zip(first, exact, strict=True):
+            close(got, want.detach().cpu(), 4 * ROUNDING[torch.bfloat16])
