@@ -1,7 +1,7 @@
 """What the style model does to a map between convolutions: the project's operators beside plain PyTorch and
 torch.compile.
 
-    python bench/chains.py [--batches 8 16 32] [--only encoder blur] [--config launch/configs/ffhq256.yaml]
+    python bench/chains.py [--batches 16] [--only encoder blur] [--config launch/configs/ffhq256.yaml]
 
 decoder: bias, noise, leaky ReLU, instance norm, modulation. encoder: bias, leaky ReLU, instance norm with the
 gradients of its moments. blur; from_rgb and to_rgb: the layers between images and features, from_rgb without
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", default="launch/configs/ffhq256.yaml")
     parser.add_argument("--only", choices=CHAINS, nargs="+", default=list(CHAINS))
-    parser.add_argument("--batches", type=int, nargs="+", help="8 16 32; on the CPU 2")
+    parser.add_argument("--batches", type=int, nargs="+", help="16; on the CPU 2")
     parser.add_argument(
         "--sides", type=int, nargs="+", help="of maps; all of the configuration's, on the CPU to 64"
     )
@@ -276,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     for channels, side in sizes(options.config):
         if side not in (options.sides or range(largest + 1)):
             continue
-        for batch in options.batches or ([8, 16, 32] if device == "cuda" else [2]):
+        for batch in options.batches or [16 if device == "cuda" else 2]:
             for kind in options.only:
                 try:
                     rows += measure(kind, batch, channels, side, dtype, device, options.seconds, bandwidth)

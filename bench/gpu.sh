@@ -9,7 +9,7 @@
 # the results their commit. sanitize runs kernels under compute-sanitizer where that is installed.
 #
 # All of it takes about an hour, step most of that. Where the machine is lent for less: PART_SECONDS ends a part that
-# takes longer, LOSSES ("--batches 16 64 --sizes image256 image32") and CHAINS ("--batches 16 --sides 256 64 16")
+# takes longer, LOSSES ("--batches 16 64 --sizes image256 image32") and CHAINS ("--only encoder blur --sides 256 64")
 # choose cases.
 #
 # A bench writes its results after every case, and each part that ended has a line in RESULTS/parts.txt: what is
