@@ -17,7 +17,8 @@ def poisoned(monkeypatch):
     def poison(make):
         def made(*args, **options):
             tensor = make(*args, **options)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
+            with torch.no_grad():  # some are made with requires_grad
+                return tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
 
         return made
 
