@@ -74,7 +74,7 @@ class FusedOperator:
 
     def gradients(self, ctx, upstream: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
         upstream = upstream[: self.differentiable]
-        if all(gradient is None for gradient in upstream):
+        if not any(needs) or all(gradient is None for gradient in upstream):
             return [None] * len(needs)
         saved, (tensors, constants) = ctx.saved_tensors, ctx.sizes
         parts = saved[:tensors], saved[tensors : tensors + constants], saved[tensors + constants :]
@@ -114,8 +114,27 @@ class _Eager(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def backward(ctx, *upstream):
-        skipped = 3 + ctx.sizes[1]
-        return *[None] * skipped, *ctx.fused.gradients(ctx, upstream, ctx.needs_input_grad[skipped:])
+        constants = ctx.sizes[1]
+        skipped = 3 + constants
+        nodes = ctx.next_functions[constants:]  # of tensors alone
+        needs = [
+            needed and is_wanted(node)
+            for needed, (node, _) in zip(ctx.needs_input_grad[skipped:], nodes, strict=True)
+        ]
+        return *[None] * skipped, *ctx.fused.gradients(ctx, upstream, needs)
+
+
+def is_wanted(node) -> bool:
+    """Whether the running backward pass uses what a graph node computes; True where that cannot be told, as
+    of leaves under `torch.autograd.grad`.
+
+    A pass that carries a gradient through the decoder to its latents leaves out the weights' gradients; the
+    operators of PyTorch find that out in the same way.
+    """
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except (AttributeError, RuntimeError):
+        return True
 
 
 _PLAIN = {Tensor, Parameter}

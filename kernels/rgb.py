@@ -30,7 +30,7 @@ def from_rgb(x: Tensor, weight: Tensor, bias: Tensor, slope: float = 1.0) -> Ten
     if not _fits(x.shape[1], x, weight, bias):
         return F.leaky_relu_(F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)), slope)
     kind = str(_dtype(x)).removeprefix("torch.")
-    return _FROM([x, weight, bias.contiguous()], [], [], (slope,), kind)[0]
+    return _FROM([x, *_parameters(weight, bias)], [], [], (slope,), kind)[0]
 
 
 def to_rgb(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def to_rgb(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     _check(x, weight, bias)
     if not _fits(len(weight), x, weight, bias):
         return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype))
-    return _TO([x.to(_dtype(x)), weight, bias.contiguous()], [], [], ())[0]
+    return _TO([x.to(_dtype(x)), *_parameters(weight, bias)], [], [], ())[0]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -57,12 +57,17 @@ def _fits(colors: int, *tensors: Tensor) -> bool:
     return colors <= MOST_COLORS and tensors[0].numel() > 0 and runs_triton(tensors)
 
 
+def _parameters(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """As [O, I] and [O], views: of leaves a backward pass cannot tell whether it wants their gradients."""
+    return weight.flatten(1), bias.view_as(bias).contiguous()
+
+
 def _dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-# from_rgb: weights as [K, C].
+# from_rgb: weight as [C, K].
 
 
 def _from_forward(tensors, constants, plan, numbers, kind) -> list[Tensor]:
@@ -70,7 +75,7 @@ def _from_forward(tensors, constants, plan, numbers, kind) -> list[Tensor]:
 
     x, weight, bias = tensors
     features = _from_fake(tensors, constants, plan, numbers, kind)
-    return [_rgb_triton.widen(x, weight.flatten(1).t(), bias, *numbers, *features)]
+    return [_rgb_triton.widen(x, weight.t(), bias, *numbers, *features)]
 
 
 def _from_fake(tensors, constants, plan, numbers, kind) -> list[Tensor]:
@@ -81,13 +86,13 @@ def _from_backward(upstream, tensors, constants, outputs, needs, plan, numbers, 
     from . import _rgb_triton
 
     (by_features,), (x, weight, bias) = upstream, tensors
-    by_color, leaky, found = weight.flatten(1).t(), (bias, *numbers), []
+    by_color, leaky, found = weight.t(), (bias, *numbers), []
     if needs[1]:
         found.append(_rgb_triton.narrow(by_features, by_color, None, _maps.like(x), x, leaky))
     if needs[2] or needs[3]:
         sums = _rgb_triton.shares(by_features, x, by_color, leaky)
         if needs[2]:
-            found.append(sums[:, :-1].reshape(weight.shape).to(weight.dtype))
+            found.append(sums[:, :-1].to(weight.dtype))
         if needs[3]:
             found.append(sums[:, -1].to(bias.dtype))
     return found
@@ -108,7 +113,7 @@ _FROM = FusedOperator(
 )
 
 
-# to_rgb: weights as [K, C].
+# to_rgb: weight as [K, C].
 
 
 def _to_forward(tensors, constants, plan, numbers, kind) -> list[Tensor]:
@@ -116,7 +121,7 @@ def _to_forward(tensors, constants, plan, numbers, kind) -> list[Tensor]:
 
     x, weight, bias = tensors
     (image,) = _to_fake(tensors, constants, plan, numbers, kind)
-    return [_rgb_triton.narrow(x, weight.flatten(1), bias, image)]
+    return [_rgb_triton.narrow(x, weight, bias, image)]
 
 
 def _to_fake(tensors, constants, plan, numbers, kind) -> list[Tensor]:
@@ -129,10 +134,10 @@ def _to_backward(upstream, tensors, constants, outputs, needs, plan, numbers, ki
     (by_image,), (x, weight, bias) = upstream, tensors
     found = []
     if needs[1]:
-        found.append(_rgb_triton.widen(by_image, weight.flatten(1), None, 1.0, _maps.like(x)))
+        found.append(_rgb_triton.widen(by_image, weight, None, 1.0, _maps.like(x)))
     if needs[2]:
         sums = _rgb_triton.shares(x, by_image)
-        found.append(sums[:, :-1].t().reshape(weight.shape).to(weight.dtype))
+        found.append(sums[:, :-1].t().to(weight.dtype))
     if needs[3]:
         found.append(by_image.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype))
     return found

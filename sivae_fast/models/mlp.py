@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sivae_fast.contract import Model, Posterior
 from sivae_fast.draws import Stream
+from sivae_fast.kernels.mlp import mlp
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _HAS_ONEDNN_BF16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -76,14 +77,10 @@ def _forward(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 def _through(layers: nn.Sequential, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The layers with hidden values in `dtype`; the result has the dtype of x."""
-    first, *hidden, last = layers
     if _onednn_can_take(x, dtype):
-        parameters = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-        return _OneDNN.apply(dtype, x, first.weight.view_as(first.weight), *parameters[1:])
-    y = F.relu(first(x)).to(dtype)
-    for layer in hidden:
-        y = F.relu(F.linear(y, layer.weight.to(dtype), layer.bias.to(dtype)))
-    return last(y.to(x.dtype))
+        first, *parameters = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        return _OneDNN.apply(dtype, x, first.view_as(first), *parameters)
+    return mlp(x, [layer.weight for layer in layers], [layer.bias for layer in layers], dtype)
 
 
 def _onednn_can_take(x: Tensor, dtype: torch.dtype) -> bool:

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from sivae_fast.kernels import (  # noqa: E402
     _blur_triton,
+    _mlp_triton,
     _parts_triton,
     _phase_triton,
     _rgb_triton,
@@ -29,7 +30,15 @@ from sivae_fast.kernels import (  # noqa: E402
     _style_triton,
 )
 
-MODULES = (_blur_triton, _parts_triton, _phase_triton, _rgb_triton, _single_triton, _style_triton)
+MODULES = (
+    _blur_triton,
+    _mlp_triton,
+    _parts_triton,
+    _phase_triton,
+    _rgb_triton,
+    _single_triton,
+    _style_triton,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -55,6 +64,9 @@ REGISTERS = {
     "widen_kernel": (96, 96),
     "narrow_kernel": (248, 192),
     "shares_kernel": (152, 168),
+    "forward_kernel": (255, 255),
+    "backward_kernel": (255, 255),
+    "weights_kernel": (255, 255),
 }
 #: Older compilers count registers otherwise: there the kernels have to compile.
 BUDGETED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
@@ -299,3 +311,18 @@ def test_between_images_and_features(compiled, shape, dtype):
     target, launches = compiled(lambda: rgb_launches(DTYPES[dtype], shape))
     if target != "gfx942":  # scalar registers spill there
         within_budget((target, launches), ceiling=1 if dtype == "fp32" else 0)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("width", [256, 96])
+def test_small_networks(compiled, dtype, width):
+    """The networks of the densities: four ReLU layers."""
+    sizes = [(width, 2), *[(width, width)] * 3, (4, width)]
+    weights, biases = [torch.zeros(size) for size in sizes], [torch.zeros(size[0]) for size in sizes]
+    x = torch.zeros(512, 2)
+
+    def call():
+        y, hidden = _mlp_triton.forward(x, weights, biases, DTYPES[dtype])
+        _mlp_triton.backward(y, x, weights, hidden, True, True)
+
+    within_budget(compiled(call), ceiling=1 if dtype == "fp32" else 0)

@@ -9,6 +9,7 @@ from sivae_fast import Posterior, SoftIntroVAE, Term
 from sivae_fast.kernels import _single_triton
 from sivae_fast.kernels.blur import blur
 from sivae_fast.kernels.introspective import phase
+from sivae_fast.kernels.mlp import mlp
 from sivae_fast.kernels.rgb import from_rgb, to_rgb
 from sivae_fast.kernels.style import activate_normalize
 from tests.kernels.losses import ROUNDING, SOFT_MEMBERS, chain, close, distinct, exact, leaves, soft, table
@@ -319,3 +320,23 @@ def test_map_layers(channels, side):
         exact = value_and_gradients(run, [t.double() for t in given])
         for got, want in zip(first, exact, strict=True):
             close(got, want.detach().cpu(), 4 * ROUNDING[torch.bfloat16])
+
+
+@pytest.mark.parametrize("rows", [512, 1024])
+def test_the_network_of_a_density(rows):
+    torch.manual_seed(0)
+    sizes = [(256, 2), *[(256, 256)] * 3, (4, 256)]
+    weights = [torch.randn(size, device="cuda") * (2 / size[1]) ** 0.5 for size in sizes]
+    given = [
+        torch.randn(rows, 2, device="cuda"),
+        *weights,
+        *(torch.randn(len(w), device="cuda") for w in weights),
+    ]
+
+    def run(x, *parameters):
+        return mlp(x, parameters[:5], parameters[5:], x.dtype)
+
+    first, second = (value_and_gradients(run, given) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for got, want in zip(first, value_and_gradients(run, [t.double() for t in given]), strict=True):
+        close(got, want.detach().cpu(), 1e-4)  # units near zero switch
