@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -17,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MANIFEST = "manifest.json"
+FORMAT = "sivae-fast image set"
 LABELS = "dataset.json"
 #: What an image of a set may be stored as; everything else has to pass through `prepare` first.
 STORED_MODES = {"1": 1, "L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "PA": 3, "CMYK": 3, "YCbCr": 3}
@@ -31,6 +33,7 @@ class Folder:
 
     def __init__(self, path: Path, names: list[str] | None = None):
         self.path = path
+        self._known: dict[str, tuple[int, float]] = {}
         if names is not None:
             self.names = names
             return
@@ -46,7 +49,20 @@ class Folder:
         self.names = sorted(found)
 
     def size(self, name: str) -> int:
-        return (self.path / name).stat().st_size
+        return self._looked_up(name)[0]
+
+    def changed(self, names: list[str]) -> float:
+        """When the last of the files was written."""
+        return max((self._looked_up(name)[1] for name in names), default=0.0)
+
+    def _looked_up(self, name: str) -> tuple[int, float]:
+        """Size and time of a file, asked for once; zeros for a link to nothing."""
+        if name not in self._known:
+            self._known[name] = (0, 0.0)
+            with contextlib.suppress(OSError):
+                found = (self.path / name).stat()
+                self._known[name] = (found.st_size, found.st_mtime)
+        return self._known[name]
 
     def checksum(self, names: list[str]) -> int:
         """CRC-32 of the content of the files, which are all read."""
@@ -69,14 +85,17 @@ class Zip:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = [m for m in archive.infolist() if not m.is_dir()]
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise ValueError(f"{path} is not a readable zip file: {error}") from None
-        self._members = {m.filename: m for m in members if not is_hidden(m.filename)}
+        self._members = {n: m for m in members if not is_hidden(n := plain_name(m.filename))}
         self.names = sorted(self._members)
         self._file = open(path, "rb")  # noqa: SIM115 - lives as long as this object
 
     def size(self, name: str) -> int:
         return self._members[name].file_size
+
+    def changed(self, names: list[str]) -> float:
+        return self.path.stat().st_mtime
 
     def checksum(self, names: list[str]) -> int:
         """CRC-32 of the checksums of the members; nothing is read."""
@@ -125,6 +144,11 @@ def _refuse(error: OSError) -> NoReturn:
     raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
+def plain_name(name: str) -> str:
+    """A member's name as it is in a folder: archives of "." call it ./name."""
+    return name.removeprefix("./")
+
+
 def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
@@ -136,11 +160,12 @@ def is_image_name(name: str) -> bool:
 class ImageSet:
     """The images of a folder or zip, all of one size, ready to train on.
 
-    `resolution` is the side in pixels, `channels` 1 (grey) or 3, `labels` None, int64 [N] or float32 [N, D]
-    (from dataset.json), `manifest` what `prepare` wrote beside the images or None. Raises ValueError for a
-    path that is no image set, an empty one, and for images that are not square, of one size, of 8 bits, or
-    (unless `any_size`) whose side is no power of two. A sample of the images is looked at when the set is
-    opened, every other one when it is decoded; `damaged` ones may be in the sample, but not be all of it.
+    `resolution` is the side in pixels, `channels` 1 (grey) or 3, `labels` None, int64 [N] or, where they are
+    no whole numbers, float32 [N] or [N, D] (from dataset.json), `manifest` what `prepare` wrote beside the
+    images or None. Raises ValueError for a path that is no image set, an empty one, and for images that are
+    not square, of one size, of 8 bits, or (unless `any_size`) whose side is no power of two. A sample of the
+    images is looked at when the set is opened, every other one when it is decoded; `damaged` ones may be in
+    the sample, but not be all of it.
     """
 
     def __init__(self, path: str | os.PathLike, *, any_size: bool = False, damaged: bool = False):
@@ -152,7 +177,7 @@ class ImageSet:
             raise ValueError(
                 f"no images in {self.path} ({len(self._files.names)} other files); looked for {kinds}"
             )
-        self.manifest = self._json(MANIFEST)
+        self.manifest = self._manifest()
         self._check_complete()
         self.resolution, self.channels = self._shape(any_size, damaged)
         self.labels = self._labels()
@@ -243,26 +268,46 @@ class ImageSet:
             f"{PREPARE_HINT}: with --allow-bad SHARE it skips such files, up to that share of all"
         )
 
-    def _json(self, name: str):
-        if name not in self._files.names:
+    def _manifest(self) -> dict | None:
+        if MANIFEST not in self._files.names:
             return None
         try:
-            return json.loads(self._files.read(name))
+            found = json.loads(self._files.read(MANIFEST))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{name} of {self.path} is not readable JSON: {error}") from None
+            raise ValueError(f"{MANIFEST} of {self.path} is not readable JSON: {error}") from None
+        # Other programs have files of this name, too.
+        ours = isinstance(found, dict) and str(found.get("format")).startswith(FORMAT)
+        return found if ours else None
 
     def _labels(self) -> np.ndarray | None:
-        pairs = (self._json(LABELS) or {}).get("labels")
-        if not pairs:
+        by_name = read_labels(self._files)
+        if not by_name:
             return None
-        by_name = dict(pairs)
         missing = [n for n in self.names if n not in by_name]
         if missing:
             raise ValueError(
                 f"{LABELS} of {self.path} has no label for {missing[0]} ({len(missing)} missing)"
             )
         labels = np.array([by_name[n] for n in self.names])
-        return labels.astype(np.int64 if labels.ndim == 1 else np.float32)
+        whole = labels.ndim == 1 and (labels % 1 == 0).all()
+        return labels.astype(np.int64 if whole else np.float32)
+
+
+def read_labels(files) -> dict[str, object]:
+    """The labels in the dataset.json of a folder, zip or tar by name, {} without any. Raises ValueError."""
+    if LABELS not in files.names:
+        return {}
+    try:
+        labels = dict((json.loads(files.read(LABELS)) or {}).get("labels") or {})
+        values = np.array(list(labels.values()))  # ValueError where the lists are not equally long
+        if values.dtype.kind not in "biuf" or values.ndim > 2:
+            raise ValueError(f"found {next(iter(labels.values()))!r}")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{LABELS} of {files.path} holds no list of [name, label], where labels are numbers or equally "
+            f"long lists of numbers: {error}"
+        ) from None
+    return labels
 
 
 def reason(error: Exception) -> str:
@@ -286,4 +331,4 @@ def _open(path: Path) -> Folder | Zip:
         raise ValueError(f"there is no image set at {path} (a folder or a .zip file){hint}")
     if is_zip(path):
         return Zip(path)
-    raise ValueError(f"{path} is neither a folder nor a zip file; {PREPARE_HINT}")
+    raise ValueError(f"{path} is neither a folder nor a whole zip file; {PREPARE_HINT}")

@@ -14,6 +14,9 @@ from torch import Tensor
 from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.parallel import local_ranks
 
+#: Where a container sees the limits of its memory.
+GROUP = Path("/sys/fs/cgroup")
+
 
 class Cache:
     """All images of a set as uint8 on `device`, filled while they are asked for.
@@ -80,7 +83,10 @@ def available_memory() -> int:
     if meminfo.exists():
         kilobytes = dict(line.split(":") for line in meminfo.read_text().splitlines())
         numbers = [int(kilobytes["MemAvailable"].split()[0]) * 1024]
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
-        numbers.append(int(limit) - int((group / "memory.current").read_text()))
+    limit = GROUP / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        kinds = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        # Files that were read count as used, but give way.
+        files = int(kinds["active_file"]) + int(kinds["inactive_file"])
+        numbers.append(int(most) - int((GROUP / "memory.current").read_text()) + files)
     return max(0, min(numbers))

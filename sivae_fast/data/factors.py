@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sivae_fast.data import pixels
-from sivae_fast.data.h5 import open_h5
+from sivae_fast.data.archive import reason
+from sivae_fast.data.h5 import contents, open_h5, shape_in
 from sivae_fast.data.held import Held
 from sivae_fast.data.made_images import made_images
 from sivae_fast.draws import Draws
@@ -121,27 +123,31 @@ def _car(file: Path) -> np.ndarray:
         raise ImportError(f"{file}: reading .mat needs scipy: pip install 'sivae-fast[eval]'") from error
     try:
         content = loadmat(file)
-    except (ValueError, NotImplementedError, OSError, TypeError) as error:
+    except Exception as error:  # damaged .mat files raise anything
         raise ValueError(f"{file}: not a MATLAB file of version 5: {error}") from error
     images = content.get("im")
-    if images is None or images.ndim != 5 or images.shape[2] != 3 or images.dtype != np.uint8:
+    shape = np.shape(images)
+    if len(shape) != 5 or shape[0] != shape[1] or shape[2] != 3 or images.dtype != np.uint8:
         held = {name: list(value.shape) for name, value in content.items() if isinstance(value, np.ndarray)}
-        raise ValueError(f"{file} holds {held}: accepted is im [H, W, 3, azimuths, elevations] uint8")
+        raise ValueError(f"{file} holds {held}: accepted is im [R, R, 3, azimuths, elevations] uint8")
     return images.transpose(3, 4, 0, 1, 2).reshape(-1, *images.shape[:3])
 
 
 def _smallnorb(path: Path, resolution: int) -> Factors:
     images, keys, azimuths = [], [], []
     for part in sorted(
-        {re.split(r"-(?:dat|cat|info)\.mat", file.name)[0] for file in path.glob("smallnorb-*")}
+        {re.split(r"-(?:dat|cat|info)\.mat", file.name)[0] for file in path.glob("smallnorb-*.mat*")}
     ):
         pictures, category, info = (
             _norb_matrix(path, f"{part}-{kind}.mat") for kind in ("dat", "cat", "info")
         )
-        if pictures.ndim != 4 or info.shape != (len(pictures), 4) or category.shape != (len(pictures),):
-            shapes = [list(a.shape) for a in (pictures, category, info)]
+        count, _, *sides = pictures.shape if pictures.ndim == 4 else (0, 0)
+        square = len(set(sides)) == 1 and pictures.dtype == np.uint8
+        if not square or info.shape != (count, 4) or category.shape != (count,):
+            shapes = [f"{a.dtype} {list(a.shape)}" for a in (pictures, category, info)]
             raise ValueError(
-                f"{path / part}: dat, cat and info are {shapes}: accepted is [n, 2, R, R], [n], [n, 4]"
+                f"{path / part}: dat, cat and info are {', '.join(shapes)}: accepted is uint8 [n, 2, R, R], "
+                "[n], [n, 4]"
             )
         instance, elevation, azimuth, lighting = info.T
         for camera in range(pictures.shape[1]):
@@ -166,7 +172,7 @@ def _norb_matrix(path: Path, name: str) -> np.ndarray:
         )
     try:
         data = (gzip.decompress if file.suffix == ".gz" else bytes)(file.read_bytes())
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: not a complete gzip file: {error}") from error
     magic, dimensions = np.frombuffer(data, "<i4", 2) if len(data) >= 20 else (0, 0)
     if magic not in _NORB_TYPES or not 1 <= dimensions <= 8:
@@ -183,10 +189,14 @@ def _norb_matrix(path: Path, name: str) -> np.ndarray:
 
 def _shapes3d(path: Path, resolution: int) -> Factors:
     with open_h5(path) as file:
-        if not {"images", "labels"} <= set(file) or file["labels"].shape[1:] != (6,):
+        shape = shape_in(file, "images")
+        side = shape[1:2] * 2
+        if 0 in shape or shape[1:] != (*side, 3) or shape_in(file, "labels") != (shape[0], 6):
             raise ValueError(
-                f"{path} holds {', '.join(file)}: accepted are images [n, H, W, 3] and labels [n, 6]"
+                f"{path} holds {contents(file)}: accepted are images [n, R, R, 3] and labels [n, 6]"
             )
+        if file["images"].dtype != np.uint8:
+            raise ValueError(f"{path}: images are {file['images'].dtype}, accepted is uint8")
         images, labels = file["images"][:], file["labels"][:]
     levels = np.stack([np.unique(column, return_inverse=True)[1].ravel() for column in labels.T], 1)
     classes = np.unique(levels[:, :5], axis=0, return_inverse=True)[1].ravel()
@@ -206,12 +216,15 @@ def _kth(path: Path, resolution: int) -> Factors:
     people = sorted({video.name.split("_")[0] for video in videos})
     images, classes = [], []
     for video in videos:
-        for file in sorted(
-            f for f in video.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp")
-        ):
-            frame = np.asarray(Image.open(file).convert("L"))
-            margin = (frame.shape[1] - frame.shape[0]) // 2  # frames are 160 x 120, the person in the middle
-            images.append(_resized(frame[None, :, margin : margin + frame.shape[0], None], resolution)[0])
+        shown = [f for f in video.iterdir() if not f.name.startswith(".")]
+        for file in sorted(f for f in shown if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp")):
+            try:
+                frame = np.asarray(Image.open(file).convert("L"))
+            except (OSError, SyntaxError, ValueError) as error:
+                raise ValueError(f"{file} cannot be decoded: {reason(error)}") from None
+            side = min(frame.shape)  # frames are 160 x 120, the person in the middle
+            top, left = ((size - side) // 2 for size in frame.shape)
+            images.append(_resized(frame[None, top : top + side, left : left + side, None], resolution)[0])
             classes.append(people.index(video.name.split("_")[0]))
     if not images:
         raise ValueError(f"data.path={path}: its folders hold no frames (.png, .jpg, .bmp)")

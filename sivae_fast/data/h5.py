@@ -20,3 +20,13 @@ def open_h5(path: Path):
         raise ValueError(f"{path}: not an HDF5 archive: {error}") from error
     with archive:
         yield archive
+
+
+def shape_in(archive, name: str) -> tuple[int, ...]:
+    """The shape of the array of this name, () without one."""
+    return getattr(archive.get(name), "shape", None) or ()
+
+
+def contents(archive) -> str:
+    """The names and shapes in an archive, in words."""
+    return ", ".join(f"{name} {list(shape_in(archive, name))}" for name in archive) or "nothing"

@@ -33,7 +33,8 @@ def local_ranks() -> int:
 def ordered(function: Callable, calls: Iterable[tuple], count: int, workers: int) -> Iterator[tuple]:
     """(key, function(*arguments)) for each (key, *arguments) of about `count` calls, in order.
 
-    At most four items a worker are in memory. The function must be importable by name.
+    At most four items a worker are in memory. The function must be importable by name. Raises
+    ChildProcessError where a worker was killed.
     """
     if workers == 1 or count < _SMALL:
         yield from ((key, function(*arguments)) for key, *arguments in calls)
@@ -52,7 +53,7 @@ def ordered(function: Callable, calls: Iterable[tuple], count: int, workers: int
                 key, future = ahead.popleft()
                 yield key, future.result()
         except BrokenProcessPool:
-            raise RuntimeError("a worker process was killed (out of memory?): try fewer workers") from None
+            raise ChildProcessError("a worker process was killed (out of memory?)") from None
 
 
 def _start_worker() -> None:

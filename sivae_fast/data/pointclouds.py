@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sivae_fast.data import solids
-from sivae_fast.data.h5 import open_h5
+from sivae_fast.data.h5 import contents, open_h5, shape_in
 from sivae_fast.data.held import Held
 from sivae_fast.data.ply import read_ply
 from sivae_fast.draws import Draws
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 MADE = 2000
 RADIUS = 0.5  # of the ball that models, their settings and the measures are made for
+
+PLY = "[!.]*.[pP][lL][yY]"  # without the hidden files that some systems add
 
 #: Folder names of ShapeNetCore that have a common name in the literature on point clouds.
 SYNSETS = {
@@ -72,6 +74,11 @@ def load_clouds(
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: accepted are {', '.join(SPLITS)}")
     groups, names = _reader(path)(path, split, tuple(classes), points)
+    if twice := sorted(name for name in set(names) if names.count(name) > 1):
+        raise ValueError(
+            f"data.classes={list(classes)}: {', '.join(twice)} is there twice, by name or number, in "
+            f"{path or 'the made set'}: accepted is each class once"
+        )
     clouds, labels = [], []
     for label, group in enumerate(groups):
         for where, cloud in group:
@@ -103,9 +110,9 @@ def _reader(path: str | Path | None) -> Callable[..., Groups]:
         os.listdir(path)  # raises: glob finds nothing in a folder that may not be read
     if path.is_dir() and any(path.glob("*train*.h5")):
         return _read_modelnet
-    if path.is_dir() and any(path.glob("*/*.ply")):
+    if path.is_dir() and any(path.glob(f"*/{PLY}")):
         return _read_shapenet
-    if path.is_dir() and any(path.glob("*.ply")):
+    if path.is_dir() and any(path.glob(PLY)):
         return _read_one_class
     raise ValueError(
         f"data.path={path}: accepted are a folder of class folders with .ply files or one of these, a folder "
@@ -137,7 +144,11 @@ def _read_made(path, split: str, classes: tuple[str, ...], points: int) -> Group
 def _read_npy(path, split: str, classes: tuple[str, ...], points: int) -> Groups:
     try:
         clouds = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        if not isinstance(clouds, np.ndarray) or clouds.dtype.kind not in "iuf":
+            raise ValueError(f"it holds {getattr(clouds, 'dtype', 'an archive (.npz)')}")
+    except OSError:
+        raise
+    except Exception as error:  # damaged headers raise anything
         raise ValueError(f"{path}: not a .npy array of numbers: {error}") from error
     if clouds.ndim != 3 or clouds.shape[2] != 3:
         raise ValueError(f"{path} holds {list(clouds.shape)}: accepted is [n, points, 3]")
@@ -148,12 +159,12 @@ def _read_npy(path, split: str, classes: tuple[str, ...], points: int) -> Groups
 
 
 def _read_shapenet(path, split: str, classes: tuple[str, ...], points: int) -> Groups:
-    folders = {folder.name: folder for folder in sorted(Path(path).iterdir()) if any(folder.glob("*.ply"))}
+    folders = {folder.name: folder for folder in sorted(Path(path).iterdir()) if any(folder.glob(PLY))}
     common = {number: name for name, number in SYNSETS.items()}
     available = tuple(common.get(name, name) for name in folders)
     by_name = dict(zip(available, folders.values(), strict=True))
     names = _chosen(tuple(common.get(name, name) for name in classes), available, path)
-    files = [_part(sorted(by_name[name].glob("*.ply")), split) for name in names]
+    files = [_part(sorted(by_name[name].glob(PLY)), split) for name in names]
     return [[(str(file), read_ply(file)) for file in group] for group in files], names
 
 
@@ -168,27 +179,41 @@ def _read_modelnet(path, split: str, classes: tuple[str, ...], points: int) -> G
     if not files:
         raise ValueError(f"data.path={path}: has no *{part}*.h5")
     arrays = [_read_h5(file) for file in files]
-    clouds = np.concatenate([data for data, _ in arrays])
+    clouds = [cloud for data, _ in arrays for cloud in data]
     labels = np.concatenate([label for _, label in arrays])
     listing = Path(path) / "shape_names.txt"
-    numbers = range(labels.max() + 1)
-    available = listing.read_text().split() if listing.is_file() else [str(n) for n in numbers]
+    count = labels.max(initial=-1) + 1
+    available = _lines(listing) if listing.is_file() else [str(n) for n in range(count)]
+    if count > len(available):
+        raise ValueError(f"{listing} names {len(available)} classes, the archives of {path} have {count}")
     names = _chosen(classes, available, path)
     groups = []
     for name in names:
         of_class = np.flatnonzero(labels == available.index(name))
         kept = of_class if split == "test" else _part(of_class, split, (0.95, 1.0))
         # The archive's clouds, 2048 points in random order, are cut as its own loaders cut them.
-        groups.append([(f"{path} cloud {i}", 0.5 * clouds[i, :points]) for i in kept])
+        groups.append([(f"{path} cloud {i}", 0.5 * clouds[i][:points]) for i in kept])
     return groups, names
 
 
+def _lines(file: Path) -> list[str]:
+    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+
+
 def _read_h5(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Clouds float32 [n, points, 3] and their classes int64 [n]."""
     with open_h5(file) as archive:
-        if not {"data", "label"} <= set(archive) or archive["data"].shape[2:] != (3,):
-            held = ", ".join(f"{name} {list(archive[name].shape)}" for name in archive) or "nothing"
-            raise ValueError(f"{file} holds {held}: accepted are data [n, points, 3] and label [n]")
-        return archive["data"][:].astype(np.float32), archive["label"][:].astype(np.int64).ravel()
+        shape, labels = shape_in(archive, "data"), shape_in(archive, "label")
+        if len(shape) != 3 or shape[2] != 3 or labels not in ((shape[0],), (shape[0], 1)):
+            raise ValueError(
+                f"{file} holds {contents(archive)}: accepted are data [n, points, 3] and label [n]"
+            )
+        if any(archive[name].dtype.kind not in "iuf" for name in ("data", "label")):
+            raise ValueError(f"{file}: data and label have to be numbers")
+        classes = archive["label"][:].astype(np.int64).ravel()
+        if (classes < 0).any():
+            raise ValueError(f"{file}: label is {classes.min()}, classes count from 0")
+        return archive["data"][:].astype(np.float32), classes
 
 
 def _checked(cloud: np.ndarray, where: str, points: int, resample: bool) -> np.ndarray:

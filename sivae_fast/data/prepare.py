@@ -16,7 +16,7 @@ from pathlib import Path
 
 import PIL
 
-from sivae_fast.data.archive import LABELS, MANIFEST, ImageSet
+from sivae_fast.data.archive import FORMAT, LABELS, MANIFEST, ImageSet
 from sivae_fast.data.convert import FORMATS, Converted, Recipe, convert
 from sivae_fast.data.parallel import cores, locked, ordered, progress_bar
 from sivae_fast.data.published import open_source
@@ -25,6 +25,8 @@ from sivae_fast.data.writer import FolderWriter, ZipWriter
 from sivae_fast.files import make_folder
 
 log = logging.getLogger(__name__)
+#: Up to this side an image of a published set is converted sooner than it is handed to another process.
+SMALL = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Manifest:
     checksum: str  # SHA-256 over the lines "name crc32"
     crc32: dict[str, str]  # by name, eight hexadecimal digits
     versions: dict[str, str]
-    format: str = field(default="sivae-fast image set 1")
+    format: str = field(default=f"{FORMAT} 1")
 
 
 def prepare(
@@ -91,15 +93,23 @@ def prepare(
     job = {"recipe": asdict(recipe), "source_key": pictures.key, "split": pictures.split}
     if (finished := _finished(dest, job)) is not None:
         log.info("%s is there already, made from %s by the same recipe", dest, source.name)
+        if pictures.changed > (dest / MANIFEST if dest.is_dir() else dest).stat().st_mtime:
+            log.warning("files of %s were written after %s: delete it if they changed", source.name, dest)
         return finished
-    with _workplace(dest, job) as place:
-        writer = (ZipWriter if dest.suffix == ".zip" else FolderWriter)(place / "images")
+    with _workplace(dest, job | {"changed": pictures.changed}) as place:
+        if (finished := _finished(dest, job)) is not None:  # by another process, in the meantime
+            return finished
+        writer = (ZipWriter if _is_zip_name(dest) else FolderWriter)(place / "images")
         try:
             skipped = _convert_all(pictures, writer, recipe, workers or cores(), progress)
             _check_skipped(skipped, pictures, allow_bad, source, place)
             manifest = _describe(writer.done, pictures, recipe, source, skipped)
             _write_lists(writer, pictures, recipe, manifest)
             writer.finish()
+        except ChildProcessError as error:
+            raise ChildProcessError(
+                f"{error}: run the same command again with fewer --workers, it goes on from {place}"
+            ) from None
         except OSError as error:
             kept = len(writer.done.keys() - {LABELS, MANIFEST})
             raise OSError(
@@ -127,7 +137,7 @@ def check_set(path: str | os.PathLike, *, progress: bool = True) -> None:
         for index, name in enumerate(images.names):
             try:
                 images.decode(index)
-                if name in expected and zlib.crc32(images.read(index)) != int(expected[name], 16):
+                if expected and expected.get(name) != f"{zlib.crc32(images.read(index)):08x}":
                     damaged.append(f"{name} is not the file that was prepared")
             except ValueError as error:
                 damaged.append(str(error).partition("; ")[0])  # without the advice that each of them has
@@ -144,6 +154,8 @@ def _convert_all(
 ) -> list[list[str]]:
     """Adds every picture that is missing to the writer; returns [name, reason] of what is no picture."""
     total = len(pictures.names)
+    if pictures.size and max(pictures.size, recipe.resolution or 0) <= SMALL:
+        workers = 1
     skipped = [[name, "not a picture"] for name in pictures.others]
     done = {i for i in range(total) if stored_name(i, recipe) in writer.done}
     enlarged = 0
@@ -169,7 +181,7 @@ def stored_name(index: int, recipe: Recipe) -> str:
 
 def _convert_one(picture, recipe: Recipe) -> Converted:
     if isinstance(picture, OSError):
-        return Converted(problem=str(picture))
+        return Converted(problem=picture.strerror or str(picture))  # without the path that str has
     return convert(picture, recipe)
 
 
@@ -224,9 +236,13 @@ def _write_lists(
     writer.add(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 
 
+def _is_zip_name(dest: Path) -> bool:
+    return dest.suffix.lower() == ".zip"
+
+
 def _finished(dest: Path, job: dict) -> Manifest | None:
     """The manifest of `dest` where it is a finished set of this job, None where nothing is there."""
-    if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
+    if not dest.exists() or (dest.is_dir() and not _is_zip_name(dest) and not any(dest.iterdir())):
         return None
     with contextlib.suppress(ValueError):
         found = ImageSet(dest, any_size=True).manifest
@@ -245,7 +261,7 @@ def _workplace(dest: Path, job: dict) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(place, wait=False))
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):  # it writes, or has just cleared the folder away
             raise ValueError(f"another process is writing {dest} at this moment") from None
         state = place / "job.json"
         if not state.exists() or state.read_text() != json.dumps(job):

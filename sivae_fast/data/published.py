@@ -12,6 +12,7 @@ import io
 import pickle
 import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def _open_files(path: Path) -> Folder | Zip | Tar:
         return Zip(path)
     if tarfile.is_tarfile(path):
         return Tar(path)
-    raise ValueError(f"{path} is neither a folder nor a zip or tar file")
+    raise ValueError(f"{path} is neither a folder nor a whole zip or tar file")
 
 
 class Pixels(Source):
@@ -113,10 +114,25 @@ def _cifar(
     missing = [name for name in splits[split] if name not in by_name]
     if missing:
         raise ValueError(f"{files.path} lacks {', '.join(missing)} of the {split} split")
-    parts = [_unpickle(files.read(by_name[name]), name) for name in splits[split]]
-    pixels = np.concatenate([part[b"data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    labels = np.concatenate([part[label.encode()] for part in parts])
-    return Pixels(np.ascontiguousarray(pixels), labels, split)
+    parts = [_cifar_part(files.read(by_name[name]), name, label) for name in splits[split]]
+    pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Pixels(pixels, labels, split)
+
+
+def _cifar_part(data: bytes, name: str, label: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 [n, 32, 32, 3] and classes [n] of one pickled file."""
+    try:
+        content = _unpickle(data)
+        for key in ("data", label):
+            if key.encode() not in content:
+                raise ValueError(f"it lacks {key}")
+        pixels = np.asarray(content[b"data"])
+        if pixels.dtype != np.uint8:
+            raise ValueError(f"its pixels are {pixels.dtype}, not uint8")
+        classes = np.asarray(content[label.encode()], np.int64)
+        return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), classes
+    except Exception as error:  # damaged pickles raise anything
+        raise ValueError(f"{name} is no readable CIFAR file: {error}") from None
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -138,12 +154,9 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
-def _unpickle(data: bytes, name: str) -> dict:
-    try:
-        content = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
-        return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
-    except Exception as error:  # damaged pickles raise anything
-        raise ValueError(f"{name} is no readable CIFAR file: {error}") from None
+def _unpickle(data: bytes) -> dict:
+    content = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
+    return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
 
 
 def _svhn(files: Folder, by_name: dict[str, str], split: str | None) -> Pixels:
@@ -167,15 +180,15 @@ def _mnist(files: Folder | Zip | Tar, by_name: dict[str, str], split: str | None
     available = [s for s, prefix in prefixes.items() if f"{prefix}-images-idx3-ubyte" in by_name]
     split = chosen(split, available, f"MNIST in {files.path}")
     arrays = []
-    for kind in ("images-idx3", "labels-idx1"):
+    for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
         name = f"{prefixes[split]}-{kind}-ubyte"
         if name not in by_name:
             raise ValueError(f"{files.path} lacks {name}")
-        arrays.append(_idx(files.read(by_name[name]), name))
+        arrays.append(_idx(files.read(by_name[name]), name, dimensions))
     return Pixels(*arrays, split)
 
 
-def _idx(data: bytes, name: str) -> np.ndarray:
+def _idx(data: bytes, name: str, dimensions: int) -> np.ndarray:
     """An array of bytes in the IDX format: two zeros, type 8, number of dimensions, sizes, content."""
     try:
         if data[:2] == b"\x1f\x8b":
@@ -183,22 +196,29 @@ def _idx(data: bytes, name: str) -> np.ndarray:
         if data[:3] != b"\0\0\x08":
             raise ValueError("it does not begin like an IDX file of bytes")
         shape = struct.unpack_from(f">{data[3]}I", data, 4)
+        if len(shape) != dimensions:
+            raise ValueError(f"its array has the shape {list(shape)}, not {dimensions} dimensions")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise ValueError(f"{name} is no readable IDX file: {error}") from None
 
 
-def _celeba(files: Folder, by_name: dict[str, str], split: str | None) -> Files:
+def _celeba(files: Folder | Zip | Tar, by_name: dict[str, str], split: str | None) -> Files:
     """The aligned images, in a zip beside the lists or unpacked; labels are the 40 attributes as 0 or 1."""
     split = chosen(split, ["train", "valid", "test"], "CelebA")
-    rows = [line.split() for line in files.read(by_name[CELEBA[1]]).decode().splitlines()]
+    if CELEBA[0] in by_name and not isinstance(files, Folder):
+        raise ValueError(f"{files.path}: unpack it first, {CELEBA[0]} lies inside")
     number = str(["train", "valid", "test"].index(split))
-    members = {row[0] for row in rows if row[1:] == [number]}
+    members = {row[0] for row in _rows(files, by_name[CELEBA[1]]) if row[1:] == [number]}
     attributes = {}
     if CELEBA[2] in by_name:
-        for line in files.read(by_name[CELEBA[2]]).decode().splitlines()[2:]:
-            name, *values = line.split()
-            attributes[name] = [max(0, int(value)) for value in values]
+        rows = _rows(files, by_name[CELEBA[2]])  # their number, their names, and one for each image
+        for name, *values in rows[2:]:
+            if len(values) != len(rows[1]) or not set(values) <= {"1", "-1"}:
+                raise ValueError(
+                    f"{CELEBA[2]} of {files.path}: {name} has not {len(rows[1])} attributes of 1 or -1"
+                )
+            attributes[name] = [int(value == "1") for value in values]
     pictures = Zip(files.path / by_name[CELEBA[0]]) if CELEBA[0] in by_name else files
     source = Files(pictures, keep=lambda name: Path(name).name in members)
     if len(source.names) < len(members):
@@ -208,6 +228,15 @@ def _celeba(files: Folder, by_name: dict[str, str], split: str | None) -> Files:
     source.split, source.others = split, []
     source.labels = {n: attributes[Path(n).name] for n in source.names if Path(n).name in attributes}
     return source
+
+
+def _rows(files: Folder | Zip | Tar, name: str) -> list[list[str]]:
+    """The words of every line of a text file that has any."""
+    try:
+        lines = files.read(name).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} of {files.path} is no text file: {error}") from None
+    return [line.split() for line in lines if line.strip()]
 
 
 class Records(Source):
@@ -235,6 +264,7 @@ class Records(Source):
             raise ValueError(f"{names[0]} of {files.path}: {error}") from None
         self.size, self.grey = first.shape[0], first.ndim == 2
         self.key = hashlib.sha256("".join(f"{n}:{files.size(n)}\n" for n in names).encode()).hexdigest()
+        self.changed = files.changed(names)
 
     def items(self, skip: set[int]) -> Iterator[tuple[int, np.ndarray | OSError]]:
         for index, (file, record) in enumerate(self._records):

@@ -41,7 +41,10 @@ def _paint_all(dest: Path, count: int, progress: bool) -> None:
         for index, data in ordered(_jpeg, ((k, k) for k in range(count)), count, cores()):
             file = unfinished / f"{index // 500:02d}" / f"lake-{index:04d}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
+            try:
+                file.write_bytes(data)
+            except OSError as error:  # of a full disk does not say where it is
+                raise OSError(error.errno, error.strerror, str(file)) from None
             bar.update()
     unfinished.rename(dest)
 

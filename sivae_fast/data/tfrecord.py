@@ -72,7 +72,7 @@ class RecordFile:
             data = np.frombuffer(features["data"][0], np.uint8)
             shape = features.get("shape") or [3, *[round((len(data) / 3) ** 0.5)] * 2]
             pixels = data.reshape(shape).transpose(1, 2, 0)
-        except (KeyError, IndexError, ValueError, struct.error) as error:
+        except (KeyError, IndexError, TypeError, ValueError, struct.error) as error:
             raise OSError(f"record {index} holds no image: {error}") from None
         return pixels[..., 0] if pixels.shape[2] == 1 else pixels
 

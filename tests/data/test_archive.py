@@ -85,6 +85,26 @@ def test_incomplete_labels_name_an_image(tmp_path):
         ImageSet(path)
 
 
+def test_labels_that_are_no_whole_numbers_keep_their_values(tmp_path):
+    pairs = [[name, i / 4] for i, name in enumerate(files_of(3))]
+    files = files_of(3) | {"dataset.json": json.dumps({"labels": pairs}).encode()}
+    labels = ImageSet(write_folder(tmp_path / "set", files)).labels
+    assert labels.dtype == np.float32 and labels.tolist() == [0, 0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    "labels", [5, "abc", [1, 2], [[["a"], 1]], [["a", "cat"]], [["a", None]], [["a", [1, 2]], ["b", [1]]]]
+)
+def test_what_are_no_labels_is_said_by_sets_and_by_prepare(tmp_path, labels):
+    """`prepare` would else make a set that cannot be opened."""
+    files = files_of(3) | {"dataset.json": json.dumps({"labels": labels}).encode()}
+    source = write_folder(tmp_path / "set", files)
+    for use in (ImageSet, lambda path: prepare(path, tmp_path / "out", resolution=16, progress=False)):
+        with pytest.raises(ValueError, match=r"dataset\.json of .*set holds no list of \[name, label\]"):
+            use(source)
+    assert not (tmp_path / "out").exists()
+
+
 def test_grey_colour_and_palette(tmp_path):
     grey = {n: encoded(picture(i, mode="L")) for i, n in enumerate(stylegan_names(3))}
     images = ImageSet(write_folder(tmp_path / "grey", grey))
@@ -130,7 +150,7 @@ def test_paths_that_are_no_sets(tmp_path):
     with pytest.raises(ValueError, match=r"no images in .*empty \(0 other files\)"):
         ImageSet(tmp_path / "empty")
     (tmp_path / "text.zip").write_text("no zip at all")
-    with pytest.raises(ValueError, match="neither a folder nor a zip file"):
+    with pytest.raises(ValueError, match="neither a folder nor a whole zip file"):
         ImageSet(tmp_path / "text.zip")
     whole = write_zip(tmp_path / "torn.zip", files_of(3)).read_bytes()
     (tmp_path / "torn.zip").write_bytes(whole[:-30])
@@ -197,7 +217,21 @@ def test_damage_in_a_zip_is_found_when_it_is_read(png_set):
         ImageSet(png_set)
 
 
+def test_a_zip_of_a_version_to_come(png_set):
+    data = bytearray(png_set.read_bytes())
+    data[data.index(b"PK\1\2") + 6] = 99  # the version that is needed to read it
+    png_set.write_bytes(data)
+    with pytest.raises(ValueError, match=r"set\.zip is not a readable zip file: zip file version 9\.9"):
+        ImageSet(png_set)
+
+
 def test_a_set_with_missing_images_is_refused(tmp_path):
-    files = files_of(4) | {"manifest.json": b'{"images": 5}'}
+    manifest = b'{"images": 5, "format": "sivae-fast image set 1"}'
     with pytest.raises(ValueError, match=r"holds 4 images, its manifest\.json says 5"):
-        ImageSet(write_folder(tmp_path / "set", files))
+        ImageSet(write_folder(tmp_path / "set", files_of(4) | {"manifest.json": manifest}))
+
+
+@pytest.mark.parametrize("content", [b"3", b"[1]", b'{"images": 5}', b'{"images": [], "format": "webp"}'])
+def test_a_manifest_of_another_program_is_none(tmp_path, content):
+    images = ImageSet(write_folder(tmp_path / "set", files_of(4) | {"manifest.json": content}))
+    assert len(images) == 4 and images.manifest is None

@@ -75,9 +75,13 @@ def test_bad_cars(tmp_path):
     savemat(tmp_path / "a.mat", {"im": np.zeros((4, 4), np.uint8)})
     with pytest.raises(ValueError, match=r"a\.mat holds .*\[4, 4\].*accepted is im"):
         load_factors(tmp_path)
-    (tmp_path / "a.mat").write_bytes(b"not MATLAB" * 99)
-    with pytest.raises(ValueError, match=r"a\.mat: not a MATLAB file"):
+    savemat(tmp_path / "a.mat", {"im": np.zeros((4, 8, 3, 2, 2), np.uint8)})
+    with pytest.raises(ValueError, match=r"a\.mat holds .*\[4, 8, 3, 2, 2\].*accepted is im \[R, R"):
         load_factors(tmp_path)
+    for content in (b"not MATLAB" * 99, b""):
+        (tmp_path / "a.mat").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.mat: not a MATLAB file"):
+            load_factors(tmp_path)
 
 
 def norb(array, magic, pad=0):
@@ -112,8 +116,20 @@ def test_smallnorb(tmp_path, zipped):
     )
 
 
+@pytest.mark.parametrize(
+    ("dat", "magic"),
+    [(np.zeros((40, 2, 6, 6), "<i4"), 0x1E3D4C54), (np.zeros((40, 2, 6, 4), "u1"), 0x1E3D4C55)],
+)
+def test_smallnorb_with_other_pictures(tmp_path, dat, magic):
+    write_norb(tmp_path)
+    (tmp_path / "smallnorb-5x2-training-dat.mat").write_bytes(norb(dat, magic))
+    with pytest.raises(ValueError, match=r"dat, cat and info are .*: accepted is uint8 \[n, 2, R, R\]"):
+        load_factors(tmp_path, 6)
+
+
 def test_smallnorb_without_its_factors(tmp_path):
     write_norb(tmp_path)
+    (tmp_path / "smallnorb-5x2-readme.txt").write_text("no part of the set")
     info = tmp_path / "smallnorb-5x2-training-info.mat"
     whole = info.read_bytes()
     info.write_bytes(whole[:-4])
@@ -138,8 +154,27 @@ def test_shapes3d(tmp_path):
     assert found.find(torch.tensor([2]), torch.tensor([3])).tolist() == [11]
     with h5py.File(tmp_path / "bad.h5", "w") as file:
         file["images"] = images
-    with pytest.raises(ValueError, match="holds images: accepted are images"):
+    with pytest.raises(ValueError, match=r"holds images \[20, 4, 4, 3\]: accepted are images"):
         load_factors(tmp_path / "bad.h5")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((20, 4, 4, 3), np.uint8), np.zeros((15, 6)), r"labels \[15, 6\]: accepted are images"),
+        (np.zeros((20, 3, 4, 4), np.uint8), np.zeros((20, 6)), r"images \[20, 3, 4, 4\], .*: accepted are"),
+        (np.zeros((20, 4, 8, 3), np.uint8), np.zeros((20, 6)), r"images \[20, 4, 8, 3\], .*: accepted are"),
+        (np.zeros((20, 4, 4), np.uint8), np.zeros((20, 6)), r"images \[20, 4, 4\], .*: accepted are"),
+        (np.zeros((0, 4, 4, 3), np.uint8), np.zeros((0, 6)), r"images \[0, 4, 4, 3\], .*: accepted are"),
+        (np.zeros((20, 4, 4, 3)), np.zeros((20, 6)), "images are float64, accepted is uint8"),
+    ],
+)
+def test_bad_shapes3d(tmp_path, images, labels, message):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["images"], file["labels"] = images, labels
+    with pytest.raises(ValueError, match=message):
+        load_factors(tmp_path / "a.h5", 4)
 
 
 def test_kth(tmp_path):
@@ -161,6 +196,20 @@ def test_kth(tmp_path):
         video.rename(tmp_path / video.name.replace("handwaving", "running"))
     with pytest.raises(ValueError, match="handwaving_d4"):
         load_factors(tmp_path)
+
+
+def test_kth_frames_that_cannot_be_read_or_stand_upright(tmp_path):
+    video = tmp_path / "person01_handwaving_d4"
+    video.mkdir()
+    frame = np.zeros((16, 12), np.uint8)
+    frame[:2] = frame[-2:] = 255
+    Image.fromarray(frame).save(video / "0.png")
+    (video / "._0.png").write_bytes(b"hidden, as macOS leaves it")
+    assert load_factors(tmp_path, 6).images.max() == 0  # the margins are cut off here, too
+    for content in (b"text", (video / "0.png").read_bytes()[:-30]):
+        (video / "1.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"person01_handwaving_d4/1\.png cannot be decoded"):
+            load_factors(tmp_path, 6)
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
@@ -195,9 +244,11 @@ def test_damaged_archives(tmp_path):
         load_factors(tmp_path / "a.h5")
     write_norb(tmp_path, zipped=True)
     dat = tmp_path / "smallnorb-5x2-training-dat.mat.gz"
-    dat.write_bytes(dat.read_bytes()[:-30])
-    with pytest.raises(ValueError, match=r"dat\.mat\.gz: not a complete gzip file"):
-        load_factors(tmp_path, 6)
+    whole = dat.read_bytes()
+    for content in (whole[:-30], whole[:10] + b"\xff" * 20):
+        dat.write_bytes(content)
+        with pytest.raises(ValueError, match=r"dat\.mat\.gz: not a complete gzip file"):
+            load_factors(tmp_path, 6)
 
 
 def test_nothing_known(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from image_files import encoded, picture, png_zip, stylegan_names, write_folder
 
-from sivae_fast.data import dali
+from sivae_fast.data import cache, dali
 from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.cache import Cache
 from sivae_fast.data.loader import ImageLoader, choose_loader
@@ -193,6 +193,16 @@ def test_a_cache_that_does_not_fit_is_left_out(png_set):
     assert ImageLoader(png_set, cache_gib=0)._cache is None
     assert ImageLoader(png_set, cache_gib=21 * 16 * 16 * 3 / 2**30)._cache is not None
     assert ImageLoader(png_set, cache_gib=(21 * 16 * 16 * 3 - 1) / 2**30)._cache is None
+
+
+def test_files_that_were_read_do_not_fill_the_memory_of_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("2900\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nactive_file 500\ninactive_file 1500\n")
+    assert cache.available_memory() == 2100
+    (tmp_path / "memory.max").write_text("max\n")
+    assert cache.available_memory() > 2100
 
 
 @needs_dali

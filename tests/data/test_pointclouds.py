@@ -209,6 +209,76 @@ def test_bad_sets(tmp_path):
         load_clouds(None, classes=("boat",))
 
 
+@pytest.mark.parametrize("kind", [complex, str, bool, [("x", "f4")]])
+def test_arrays_of_no_numbers(tmp_path, kind):
+    np.save(tmp_path / "a.npy", np.zeros((20, 4, 3)).astype(kind))
+    with pytest.raises(ValueError, match=r"a\.npy: not a \.npy array of numbers: it holds"):
+        load_clouds(tmp_path / "a.npy", points=4)
+
+
+def test_arrays_in_another_file_or_with_a_damaged_header(tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros((20, 4, 3)))
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(ValueError, match=r"a\.npy: not a \.npy array of numbers: it holds an archive"):
+        load_clouds(tmp_path / "a.npy", points=4)
+    np.save(tmp_path / "a.npy", np.zeros((20, 4, 3)))
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes().replace(b"}", b" ", 1))
+    with pytest.raises(ValueError, match=r"a\.npy: not a \.npy array of numbers"):
+        load_clouds(tmp_path / "a.npy", points=4)
+
+
+def test_no_class_is_read_twice(tmp_path, shapenet):
+    for classes in (("chair", "03001627"), ("chair", "chair")):
+        with pytest.raises(ValueError, match=r"data\.classes=\['chair', .*: chair is there twice"):
+            load_clouds(shapenet, classes=classes, points=6)
+    with pytest.raises(ValueError, match=r"chair is there twice, .*in the made set"):
+        load_clouds(None, classes=("chair", "chair"), points=6)
+
+
+def test_upper_case_names_are_no_others(tmp_path):
+    for name in ("a.ply", "b.PLY"):
+        ply.write_ply(tmp_path / name, np.zeros((4, 3)))
+    (tmp_path / "._a.ply").write_bytes(b"hidden, as macOS leaves it")
+    assert len(load_clouds(tmp_path, "train", points=4).points) == 1
+    assert len(load_clouds(tmp_path, "test", points=4).points) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "label", "message"),
+    [
+        ((20, 6, 3), np.zeros(7, int), r"holds data \[20, 6, 3\], label \[7\]: accepted are data \[n"),
+        ((20, 6, 3), np.zeros(40, int), r"label \[40\]: accepted"),
+        ((20, 6, 3), 3, r"label \[\]: accepted"),
+        ((20, 6, 3), None, r"label \[\]: accepted"),
+        ((20, 6, 3), np.arange(20) - 1, "label is -1, classes count from 0"),
+        ((20, 6, 3), np.array([b"a"] * 20), "data and label have to be numbers"),
+        ((0, 6, 3), np.zeros(0, int), "no clouds in its train split"),
+        ((20, 6, 3), np.arange(20) % 3, r"shape_names\.txt names 2 classes, .* have 3"),
+    ],
+)
+def test_modelnet_archives_that_do_not_fit(tmp_path, data, label, message):
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "shape_names.txt").write_text("chair\nnight stand\n")
+    with h5py.File(tmp_path / "train0.h5", "w") as file:
+        file["data"] = np.zeros(data)
+        if label is None:
+            file.create_group("label")
+        else:
+            file["label"] = label
+    with pytest.raises(ValueError, match=message):
+        load_clouds(tmp_path, points=6)
+
+
+def test_modelnet_archives_of_several_sizes(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    for i, points in enumerate((8, 6)):
+        with h5py.File(tmp_path / f"train{i}.h5", "w") as file:
+            file["data"], file["label"] = np.full((10, points, 3), i / 10), np.zeros(10, int)
+    assert load_clouds(tmp_path, points=6).points.shape == (19, 6, 3)
+    with pytest.raises(ValueError, match="cloud 10 has 6 points, accepted are 8"):
+        load_clouds(tmp_path, points=8)
+
+
 def test_damaged_archives(tmp_path):
     pytest.importorskip("h5py")
     (tmp_path / "ply_data_train0.h5").write_bytes(b"no HDF5 at all")

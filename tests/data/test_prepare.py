@@ -13,6 +13,7 @@ import tarfile
 import time
 import zipfile
 
+import numpy as np
 import pytest
 from image_files import encoded, picture, write_folder, write_zip
 
@@ -109,6 +110,19 @@ def test_text_and_torn_files_are_named_counted_and_skipped(tmp_path, caplog):
 def test_below_one_per_cent_needs_no_flag(tmp_path):
     source = write_folder(tmp_path / "in", pictures(120) | {"notes.txt": b"hello"})
     assert prepare(source, tmp_path / "out.zip", **QUIET | {"resolution": 4}).images == 120
+
+
+def _die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_in_words(tmp_path, monkeypatch):
+    source = write_folder(tmp_path / "in", pictures(40))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "convert", _die)
+        with pytest.raises(OSError, match=r"a worker process was killed .* with fewer --workers, it goes on"):
+            prepare(source, tmp_path / "out.zip", **QUIET | {"workers": 2})
+    assert prepare(source, tmp_path / "out.zip", **QUIET).images == 40
 
 
 @pytest.mark.parametrize("dest", ["out.zip", "out"])
@@ -220,6 +234,16 @@ def test_a_full_disk_while_the_lists_are_written(tmp_path, monkeypatch):
     assert len(everything(tmp_path / "out.zip")) == 9
 
 
+def test_the_name_says_whether_it_is_a_zip(tmp_path):
+    source = write_folder(tmp_path / "in", pictures(2))
+    prepare(source, tmp_path / "OUT.ZIP", **QUIET)
+    assert zipfile.is_zipfile(tmp_path / "OUT.ZIP")
+    (tmp_path / "folder.zip").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.zip exists and was not made from this source"):
+        prepare(source, tmp_path / "folder.zip", **QUIET)
+    assert not (tmp_path / "folder.zip.partial").exists()
+
+
 def test_another_recipe_or_source_starts_over(tmp_path, monkeypatch):
     source = write_folder(tmp_path / "in", pictures())
     with monkeypatch.context() as patch:
@@ -245,6 +269,30 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(tmp_path)
     assert (tmp_path / "other" / "file").read_text() == "precious"
 
 
+def test_labels_that_came_later_are_not_left_out_in_silence(tmp_path):
+    source = write_folder(tmp_path / "in", pictures(2))
+    prepare(source, tmp_path / "out.zip", **QUIET)
+    labels = {"labels": [[name, 1] for name in pictures(2)]}
+    (source / "dataset.json").write_text(json.dumps(labels))
+    with pytest.raises(ValueError, match=r"out\.zip exists and was not made from this source"):
+        prepare(source, tmp_path / "out.zip", **QUIET)
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+def test_a_picture_that_changed_but_for_its_size(tmp_path, caplog, monkeypatch, dest):
+    source, dest = write_folder(tmp_path / "in", {"a.bmp": encoded(picture(0), "bmp")}), tmp_path / dest
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_write_lists", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(source, dest, **QUIET)
+    (source / "a.bmp").write_bytes(encoded(picture(1), "bmp"))
+    later = time.time() + 10
+    os.utime(source / "a.bmp", (later, later))
+    prepare(source, dest, **QUIET)
+    assert (ImageSet(dest).decode(0) == np.asarray(picture(1))).all()  # not what the first run left
+    prepare(source, dest, **QUIET)
+    assert caplog.messages[-1:] == [f"files of in were written after {dest}: delete it if they changed"]
+
+
 def test_two_writers_of_one_set_are_kept_apart(tmp_path):
     source = write_folder(tmp_path / "in", pictures())
     (tmp_path / "out.zip.partial").mkdir()
@@ -254,6 +302,23 @@ def test_two_writers_of_one_set_are_kept_apart(tmp_path):
     ):
         prepare(source, tmp_path / "out.zip", **QUIET)
     prepare(source, tmp_path / "out.zip", **QUIET)
+
+
+def test_a_writer_that_cleared_its_place_away_at_this_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "make_folder", lambda place: None)
+    with pytest.raises(ValueError, match=r"another process is writing .*out\.zip at this moment"):
+        prepare(write_folder(tmp_path / "in", pictures(2)), tmp_path / "out.zip", **QUIET)
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+def test_a_set_that_another_process_finished_in_the_meantime(tmp_path, monkeypatch, dest):
+    source = write_folder(tmp_path / "in", pictures())
+    made = prepare(source, tmp_path / dest, **QUIET)
+    looks = [lambda *_: None, prepare_module._finished]
+    monkeypatch.setattr(prepare_module, "_finished", lambda *job: looks.pop(0)(*job))
+    monkeypatch.setattr(prepare_module, "_convert_all", None)  # is not called
+    assert prepare(source, tmp_path / dest, **QUIET) == made
+    assert not (tmp_path / f"{dest}.partial").exists()
 
 
 @pytest.mark.parametrize(
@@ -279,7 +344,7 @@ def test_sources_that_are_none(tmp_path, files, message):
 
 def test_a_file_that_is_no_archive(tmp_path):
     (tmp_path / "in.zip").write_text("text")
-    with pytest.raises(ValueError, match=r"in\.zip is neither a folder nor a zip or tar file"):
+    with pytest.raises(ValueError, match=r"in\.zip is neither a folder nor a whole zip or tar file"):
         prepare(tmp_path / "in.zip", tmp_path / "out.zip", **QUIET)
 
 
@@ -303,6 +368,14 @@ def test_damage_after_the_fact_is_found(tmp_path):
     victim = tmp_path / "out" / "00000" / "img00000003.png"
     victim.write_bytes(encoded(picture(99)))
     with pytest.raises(ValueError, match=r"1 of 8 images of .*out are damaged:\n  00000/img00000003\.png is"):
+        check_set(tmp_path / "out", progress=False)
+
+
+def test_an_image_of_another_name_is_not_one_that_was_prepared(tmp_path):
+    prepare(write_folder(tmp_path / "in", pictures()), tmp_path / "out", **QUIET)
+    images = tmp_path / "out" / "00000"
+    (images / "img00000003.png").rename(images / "other.png")
+    with pytest.raises(ValueError, match=r"1 of 8 .*\n  00000/other\.png is not the file that was prepared"):
         check_set(tmp_path / "out", progress=False)
 
 

@@ -10,6 +10,7 @@ from cifar_files import cifar10, colours, python2_pickle, write_tar
 from image_files import encoded, picture, write_folder, write_zip
 
 from sivae_fast.data import dali
+from sivae_fast.data import prepare as prepare_module
 from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.prepare import prepare
 from sivae_fast.data.tfrecord import RecordFile, masked_crc32c
@@ -66,6 +67,15 @@ class Malicious:
         (pickle.dumps({b"data": Malicious()}, 2), "data_batch_3 is no readable CIFAR file: it names .*eval"),
         (b"\x80\x02}(garbage", "data_batch_3 is no readable CIFAR file"),
         (None, "lacks data_batch_3 of the train split"),
+        (pickle.dumps({b"x": 1}, 2), "data_batch_3 is no readable CIFAR file: it lacks data"),
+        (
+            pickle.dumps({b"data": np.zeros((2, 9), np.uint8), b"labels": [0, 1]}, 2),
+            "data_batch_3 is no readable CIFAR file: cannot reshape",
+        ),
+        (
+            pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [0, 1]}, 2),
+            "data_batch_3 is no readable CIFAR file: its pixels are float64, not uint8",
+        ),
     ],
 )
 def test_damaged_cifar(tmp_path, content, message):
@@ -134,6 +144,21 @@ def test_mnist_as_published(tmp_path, pack, suffix):
     assert (images.resolution, images.channels, images.labels.tolist()) == (32, 3, [5, 6])
 
 
+@pytest.mark.parametrize(("resolution", "workers"), [(None, 1), (64, 1), (128, 2)])
+def test_small_images_are_not_handed_to_other_processes(tmp_path, monkeypatch, resolution, workers):
+    used = []
+
+    def ordered(function, calls, count, workers):
+        used.append(workers)
+        return original(function, calls, count, 1)
+
+    original = prepare_module.ordered
+    monkeypatch.setattr(prepare_module, "ordered", ordered)
+    source = write_folder(tmp_path / "mnist", mnist()[1])
+    prepare(source, tmp_path / "out.zip", resolution=resolution, **QUIET | {"workers": 2})
+    assert used == [workers]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -145,6 +170,21 @@ def test_mnist_as_published(tmp_path, pack, suffix):
             "no readable IDX file",
         ),
         ("train-labels-idx1-ubyte.gz", None, "lacks train-labels-idx1-ubyte"),
+        (
+            "train-images-idx3-ubyte.gz",
+            b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 20,  # a block of a type that does not exist
+            "train-images-idx3-ubyte is no readable IDX file: Error -3",
+        ),
+        (
+            "train-images-idx3-ubyte.gz",
+            idx(np.zeros(5, np.uint8)),
+            r"train-images-idx3-ubyte .*its array has the shape \[5\], not 3 dimensions",
+        ),
+        (
+            "train-labels-idx1-ubyte.gz",
+            idx(np.zeros((5, 28, 28), np.uint8)),
+            r"train-labels-idx1-ubyte .*its array has the shape \[5, 28, 28\], not 1 dim",
+        ),
         (
             "train-labels-idx1-ubyte.gz",
             idx(np.zeros(3, np.uint8)),
@@ -201,6 +241,28 @@ def test_an_incomplete_celeba_is_refused(tmp_path):
     write_zip(root / "img_align_celeba.zip", dict(list(files.items())[1:]))
     with pytest.raises(ValueError, match="holds 4 of the 5 images of the train split"):
         prepare(root, tmp_path / "out.zip", resolution=16, **QUIET)
+
+
+def test_the_lists_of_celeba(tmp_path):
+    root, _ = celeba(tmp_path)
+    attributes = root / "list_attr_celeba.txt"
+    whole = attributes.read_text()
+    attributes.write_text(whole + "\n")
+    assert prepare(root, tmp_path / "out.zip", resolution=16, **QUIET).images == 5
+    attributes.write_text(whole.replace("-1  1\n", "-1  1 1\n", 1))
+    with pytest.raises(
+        ValueError, match=r"list_attr_celeba\.txt .* 000001\.jpg has not 3 attributes of 1 or"
+    ):
+        prepare(root, tmp_path / "out.zip", resolution=16, **QUIET)
+    attributes.unlink()
+    with pytest.raises(ValueError, match="was not made from this source"):  # it has labels, this has none
+        prepare(root, tmp_path / "out.zip", resolution=16, **QUIET)
+    packed = {file.name: file.read_bytes() for file in root.iterdir()}
+    with pytest.raises(ValueError, match=r"all\.zip: unpack it first, img_align_celeba\.zip lies inside"):
+        prepare(write_zip(tmp_path / "all.zip", packed), tmp_path / "new.zip", resolution=16, **QUIET)
+    (root / "list_eval_partition.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"list_eval_partition\.txt of .* is no text file"):
+        prepare(root, tmp_path / "new.zip", resolution=16, **QUIET)
 
 
 def test_a_folder_with_a_held_out_part(tmp_path):
@@ -322,6 +384,7 @@ def test_tfrecords_are_what_dali_reads(tmp_path):
         (lambda data: b"x" + data[1:], "is no TFRecord file, or damaged at record 0"),
         (lambda data: b"", "hold no records"),
         (lambda data: record(b"\x0b\x0c"), r"\.tfrecords of .*: record 0 holds no image"),
+        (lambda data: record(b"\x08\x01"), r"\.tfrecords of .*: record 0 holds no image"),
     ],
 )
 def test_damaged_tfrecords(tmp_path, change, message):

@@ -1,8 +1,12 @@
 """The pictures of the quickstart: made once, by whoever comes first."""
 
+import errno
 import multiprocessing
+import os
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.painting import HEIGHT, WIDTH, paint
@@ -56,3 +60,12 @@ def test_an_interrupted_painting_starts_again(tmp_path):
     (tmp_path / "lakes.partial").mkdir()
     (tmp_path / "lakes.partial" / "half.jpg").write_bytes(b"half")
     assert len(ImageSet(ensure_quickstart(tmp_path, 16, count=8, progress=False))) == 8
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*lakes\.partial/00/lake-0000\.jpg'"):
+        ensure_quickstart(tmp_path, 16, count=2, progress=False)
