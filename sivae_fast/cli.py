@@ -36,14 +36,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _as_typed(message: str, arguments: list[str]) -> str:
     """The message; where it begins with an argument, as in "count is 0", with the option that gave it."""
     found = re.match(r"(\w+)(?= is | are |=)", message)
-    option = f"--{found[1].replace('_', '-')}" if found else ""
+    if not found:
+        return message
+    option = f"--{found[1].replace('_', '-')}"
     given = any(argument.partition("=")[0] == option for argument in arguments)
     return option + message[found.end() :] if given else message
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="sivae-fast", description=__doc__)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
     _add_doctor(commands)
     _add_prepare(commands)
     _add_check(commands)
@@ -66,6 +68,21 @@ def _command(commands, name: str, function, summary: str) -> argparse.ArgumentPa
     added = commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
     added.set_defaults(command=function)
     return added
+
+
+class _Command(argparse.ArgumentParser):
+    """Takes options also between positional arguments, as launch/train.py does."""
+
+    _inside = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._inside:  # argparse's own passes over the options and over the rest
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -12,6 +12,7 @@ from torch import Tensor
 from sivae_fast.checkpoint import CheckpointError, load_weights, save_checkpoint, save_snapshot
 from sivae_fast.config import Config, ConfigError, make_config
 from sivae_fast.contract import Model
+from sivae_fast.files import check_folder
 from sivae_fast.models.style_names import swap_layout
 from sivae_fast.published import Published, at_level, read_published
 from sivae_fast.run import Run
@@ -29,11 +30,15 @@ def convert(source: str | Path, dest: str | Path, *, raw: bool = False) -> Path:
 
     raw: the weights of the optimizer, not their average where the file has one.
     A style model whose last levels were not trained is written without them, at the size of its images.
-    Raises CheckpointError, naming the file, where it cannot be converted; `dest` is then not written.
+    Raises CheckpointError, naming the file, where it cannot be converted, OSError where `dest` cannot be
+    written; it is then as it was.
     """
     dest = Path(dest)
     if dest.suffix != ".safetensors":
         raise ValueError(f"{dest}: a snapshot is a file that ends in .safetensors")
+    check_folder(dest.parent)
+    if dest.exists() and not dest.is_file():
+        raise FileExistsError(f"{dest} is there already and no plain file")
     found = _read(source)
     if found.missing:
         raise CheckpointError(

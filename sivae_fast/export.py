@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sivae_fast.checkpoint import load
 from sivae_fast.contract import Model
 from sivae_fast.files import filling, write_bytes
+from sivae_fast.trained import batch_norm_is_measured_anew
 
 logger = logging.getLogger("sivae_fast")
 
@@ -73,6 +74,11 @@ def export(
     kind = model.config.model.kind
     if noise != "none" and kind != "style":
         raise ValueError(f"noise={noise}: this model is of kind {kind}, noise needs style")
+    if batch_norm_is_measured_anew(model):
+        logger.warning(
+            "batch norm is exported with the running statistics of training, which can give worse pictures "
+            "than `sivae-fast sample` does"
+        )
     options = {"noise": noise} if kind == "style" else {}
     networks = {
         "encoder": (

@@ -220,7 +220,8 @@ class Inference(Trained):
             elif source.is_dir() or source.suffix == ".zip":
                 images = ImageSet(source, any_size=True)
                 chosen = range(min(count or len(images), len(images)))
-                found += [self._fitted(images.name(i), images.decode(i), resize) for i in chosen]
+                named = ((f"{images.name(i)} of {source}", images.decode(i)) for i in chosen)
+                found += [self._fitted(name, pixels, resize) for name, pixels in named]
             else:
                 found.append(self._read_fitted(source, resize))
         if not found:

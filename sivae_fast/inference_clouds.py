@@ -114,8 +114,12 @@ def _read(path: Path) -> list[tuple[str, np.ndarray]]:
     if path.suffix != ".npy":
         raise ValueError(f"{path} cannot be used: accepted are .ply files and .npy arrays")
     try:
-        clouds = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        clouds = np.lib.format.open_memmap(path, mode="r")  # np.load tells how to unpickle other files
+        if clouds.dtype.kind not in "iuf":
+            raise ValueError(f"it holds {clouds.dtype}")
+    except OSError:
+        raise
+    except Exception as error:  # damaged headers raise anything
         raise ValueError(f"{path}: not a .npy array of numbers: {error}") from error
     if clouds.ndim not in (2, 3) or clouds.shape[-1] != 3:
         raise ValueError(f"{path} holds {list(clouds.shape)}: accepted are [points, 3] and [n, points, 3]")

@@ -19,6 +19,7 @@ from sivae_fast.evaluation.sharing import gather, rank, share, summed
 from sivae_fast.files import check_folder, filling, write_text
 from sivae_fast.inference import Inference
 from sivae_fast.run import append_metric
+from sivae_fast.trained import named_set
 
 #: How log p(x) is estimated unless told otherwise; see `evaluation.likelihood`.
 ESTIMATE = {"samples": 5, "variance": 1.0, "proposal": "posterior"}
@@ -68,7 +69,7 @@ def evaluate(
     if set(generation) - {"fid", "kid"}:
         fid.check_neighbours(min(count, len(reals)))
     functions = error_functions(run, [name for name in metrics if name in RECONSTRUCTION], weights)
-    facts = {**run.described, "real_images": len(reals), "seed": seed}
+    facts = {**run.described, **named_set(data), "real_images": len(reals), "seed": seed}
     records: dict[str, dict] = {}
     if generation:
         if features is None:
@@ -118,6 +119,8 @@ def detect_others(
     check_folder(out)
     if not others:
         raise ValueError("no other image sets are given")
+    if count < 1:
+        raise ValueError(f"count is {count}, must be at least 1")
     _check_draws(run)
     trained = run.config.objective
     low, high = run.value_range

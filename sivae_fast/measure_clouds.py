@@ -14,6 +14,7 @@ from sivae_fast.evaluation import pointcloud
 from sivae_fast.evaluation.sharing import gather, rank, share, summed
 from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.run import append_metric
+from sivae_fast.trained import named_set
 
 #: As published: so many sets of samples, each so many times as large as the set of real clouds.
 DRAWS, FACTOR = 3, 3
@@ -54,6 +55,7 @@ def evaluate_clouds(
         clouds = clouds[torch.linspace(0, len(clouds) - 1, count).long()]
     sets = [_compare(run, DRAWS * seed + draw, clouds, metrics) for draw in range(DRAWS)]
     about = {f"{split}_clouds": len(clouds), "samples": FACTOR * len(clouds), "draws": DRAWS, "seed": seed}
+    about |= named_set(run.data_path)
     records = {}
     for name in metrics:
         values = [found[name] for found in sets]

@@ -16,6 +16,7 @@ from sivae_fast.evaluation.reconstruction import load_lpips
 from sivae_fast.evaluation.sharing import gather, rank, share, summed
 from sivae_fast.inference import Inference
 from sivae_fast.run import append_metric
+from sivae_fast.trained import named_set
 
 logger = logging.getLogger("sivae_fast")
 
@@ -59,7 +60,7 @@ def evaluate_translation(
     functions = error_functions(errors_of(metrics), weights, run.device)
     swaps = Swaps(run, run.factors() if factors is None else factors, count, seed)
     metrics = swaps.known(metrics)
-    facts = {**run.described, "test_images": len(swaps.test), "seed": seed}
+    facts = {**run.described, **named_set(run.data_path), "test_images": len(swaps.test), "seed": seed}
     records: dict[str, dict] = {}
     if asked := [name for name in metrics if name in SWAPS]:
         chosen = {name: functions[name.removeprefix("swap_")] for name in asked}

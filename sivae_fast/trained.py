@@ -27,7 +27,8 @@ class Trained:
 
     model: on its device and at its level. config, images: what it was trained with, and how far.
     weights: "averaged" or "raw", said beside every number.
-    batch: items in one pass; the noise of stochastic decoders depends on it, other results do not.
+    batch: items in one pass; the noise of stochastic decoders and recalibrated batch norm depend on it, other
+        results do not.
     batch_norm: "running", "batch" or "recalibrated" (see `evaluation.batchnorm`) for models that have it;
         None takes `default_batch_norm`. Recalibrated: the encoder with the training data, the decoder with
         their posterior means for what was encoded, and with prior samples for samples.
@@ -59,6 +60,8 @@ class Trained:
         if batch_norm is not None and batch_norm not in batchnorm.MODES:
             raise ValueError(f"batch_norm is {batch_norm!r}, must be one of {', '.join(batchnorm.MODES)}")
         check_kind(config, self.kinds)
+        if batch_norm is not None and not model.uses_batch_statistics:
+            raise ValueError(f"batch_norm is {batch_norm!r}: this model has no batch norm")
         self.model, self.config, self.images = model.eval(), config, images
         self.device = next(model.parameters()).device
         self.weights, self.precision, self.autocast = weights, precision, PRECISIONS[precision]
@@ -193,12 +196,23 @@ class Trained:
         return path
 
 
+def named_set(path: str | os.PathLike | None) -> dict[str, str]:
+    """What a record says of the set at `path` that it was measured on in place of the run's own: its name."""
+    return {} if path is None else {"data": Path(path).resolve().name}
+
+
 def check_kind(config: Config, kinds: tuple[str, ...]) -> None:
     """Raises ValueError for a model.kind that is none of `kinds`."""
     if config.model.kind not in kinds:
         *others, last = kinds
         accepted = f"{', '.join(others)} and {last}" if others else last
         raise ValueError(f"model.kind is {config.model.kind}: this takes {accepted} models")
+
+
+def batch_norm_is_measured_anew(model: Model) -> bool:
+    """Whether commands measure the batch norm of a model of `load` anew, unless told otherwise: the model
+    itself has the running statistics of training, which for images can look broken."""
+    return model.uses_batch_statistics and model.config.model.kind == "residual"
 
 
 def pick_device(name: str) -> torch.device:

@@ -31,7 +31,7 @@ def named(out: str | os.PathLike, *endings: str, folder: bool = False) -> Path:
     path = Path(out)
     is_folder = folder and not path.suffix and (path.is_dir() or not path.exists())
     if path.suffix not in endings and not is_folder:
-        *others, last = (*endings, "a folder") if folder else endings
+        *others, last = (*endings, "a folder without an ending") if folder else endings
         accepted = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(f"{path}: a name ending in {accepted} is needed")
     return path

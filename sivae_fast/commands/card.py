@@ -12,6 +12,7 @@ from sivae_fast.commands.report import digits, texts
 from sivae_fast.config import Config
 from sivae_fast.contract import Model
 from sivae_fast.run import read_metrics
+from sivae_fast.trained import batch_norm_is_measured_anew
 
 OBJECTIVES = {"vae": "VAE", "introvae": "IntroVAE", "soft_introvae": "Soft-IntroVAE"}
 SYSTEMS = {
@@ -35,6 +36,10 @@ x_hat = model.sample(4)
 ```
 
 `model.encode(x)` gives `.mean` and `.logvar`, `model.decode(z)` and `model.reconstruct(x)` the way back.
+"""
+_BATCH_NORM = """
+Its batch norm then has the running statistics of training, which can give worse pictures.
+`sivae_fast.Inference.load("{where}")` measures them anew, as for the figures.
 """
 _LAST = """## Intended use
 
@@ -91,6 +96,7 @@ def describe(model: Model, metrics: dict[str, list[dict]], where: str, picture: 
         "" if published else _table(("setting", "value"), _training_rows(config)),
         _metrics(metrics, model.images),
         _USE.format(where=where),
+        _BATCH_NORM.format(where=where) if batch_norm_is_measured_anew(model) else "",
         _LAST.format(weights=_terms(published)),
     ]
     return "\n".join(part for part in parts if part)

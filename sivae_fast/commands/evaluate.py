@@ -86,6 +86,8 @@ def _check_fit(kind: str, metrics, ood, weights, of_images: dict) -> None:
     _refuse(kind, ood=ood, **of_images)
     if kind in ("mlp", "pointnet"):
         _refuse(kind, weights=weights)
+    elif weights and metrics and not any(name.endswith("lpips") for name in metrics):
+        raise ValueError(f"{_given('weights', weights)}: this option is for --metrics lpips swap_lpips")
     if kind == "mlp":
         _refuse(kind, metrics=metrics)
 
@@ -99,7 +101,9 @@ def _refuse(kind: str, **options) -> None:
 def _check_use(metrics: Sequence[str], ood: Sequence[str] | None, **options) -> None:
     """Raises ValueError for the first option that an evaluation of an image model has no use for."""
     for name, value in options.items():
-        users = (*COMPARED, "lpips") if name == "weights" else COMPARED
+        users = COMPARED
+        if name == "weights":
+            users = ("lpips",) if options["features"] == "random" else (*COMPARED, "lpips")
         of_ood = name in ("own", "out")
         if value is not None and not (ood if of_ood else not ood and set(metrics) & set(users)):
             use = "--ood" if of_ood else f"--metrics {' '.join(users)}"

@@ -170,7 +170,8 @@ def save_histogram(path, log_likelihoods: Mapping[str, Tensor], title: str, bins
 
     low = min(float(values.quantile(0.002)) for values in log_likelihoods.values())
     high = max(float(values.quantile(0.998)) for values in log_likelihoods.values())
-    edges = torch.linspace(low, max(high, low + 1e-6), bins + 1).tolist()
+    # In double precision: rounded ends would leave out the very scores that they are.
+    edges = torch.linspace(low, max(high, low + 1e-6), bins + 1, dtype=torch.float64).tolist()
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -74,6 +74,7 @@ def test_the_command_measures_the_test_clouds_or_other_ones(run, runs, tmp_path,
     assert main([*command, "--data", str(tmp_path / "other.npy"), "--metrics", "jsd", "--count", "4"]) == 0
     other = json.loads(capsys.readouterr().out)["jsd"]
     assert other["test_clouds"] == 4 and other["value"] != found["jsd"]["value"]
+    assert other["data"] == "other.npy" and "data" not in found["jsd"]
 
 
 def test_what_does_not_fit_is_named(runs, tmp_path, capsys, monkeypatch):
@@ -208,7 +209,7 @@ def test_clouds_between_clouds(run, runs, tmp_path, capsys, test_clouds):
     [
         (
             ["sample", "--out", "s.jpg"],
-            "s.jpg: a name ending in .png, .npy, .ply, .xml or a folder is needed",
+            "s.jpg: a name ending in .png, .npy, .ply, .xml or a folder without an ending is needed",
         ),
         (["sample", "--out", "s.ply", "--count", "2"], "s.ply holds one cloud, got 2"),
         (["sample", "--count", "0"], "count is 0, must be at least 1"),
@@ -221,7 +222,8 @@ def test_clouds_between_clouds(run, runs, tmp_path, capsys, test_clouds):
         (["reconstruct", "note.txt"], "note.txt cannot be used: accepted are .ply files and .npy arrays"),
         (["reconstruct", "torn.ply"], "torn.ply: not a .ply file"),
         (["reconstruct", "flat.npy"], "flat.npy holds [4, 2]: accepted are [points, 3] and [n, points, 3]"),
-        (["reconstruct", "note.npy"], "note.npy: not a .npy array"),
+        (["reconstruct", "note.npy"], "note.npy: not a .npy array of numbers: the magic string is not"),
+        (["reconstruct", "text.npy"], "text.npy: not a .npy array of numbers: it holds <U1"),
         (["reconstruct", "few.npy"], "few.npy has 9 points, the model takes 20: give resize (--resize)"),
         (["reconstruct", "nan.npy"], "nan.npy: a coordinate is not finite, accepted are 20 points"),
         (["reconstruct", "--data", "gone.npy"], "gone.npy does not exist: give data=PATH (--data PATH)"),
@@ -249,6 +251,7 @@ def test_bad_input_is_named_in_one_line(runs, tmp_path, monkeypatch, capsys, arg
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.ply").write_bytes(b"ply\n")
     (tmp_path / "note.npy").write_bytes(b"no array")
+    np.save(tmp_path / "text.npy", np.full((20, 3), "a"))
     one = np.random.default_rng(0).random((20, 3))
     for name, array in {"flat": one[:4, :2], "few": one[:9], "nan": one * np.nan, "one": one}.items():
         np.save(tmp_path / f"{name}.npy", array)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sivae_fast.cli import main
+from sivae_fast.cli import main, parser
 from sivae_fast.config import make_config
 from sivae_fast.run import read_metrics
 from sivae_fast.systems import make_model
@@ -43,6 +43,26 @@ def test_options_are_named_as_they_were_typed(runs, tmp_path, capsys):
         assert main(arguments) == 1
         assert capsys.readouterr().err.startswith(f"error: {message}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["reconstruct", "RUN", "--resize", "a.png"], {"model": "RUN", "files": ["a.png"], "resize": True}),
+        (["interpolate", "--steps", "3", "RUN", "a", "--resize", "b"], {"files": ["a", "b"], "steps": 3}),
+        (["doctor", "a=1", "--config", "c.yaml", "b=2"], {"overrides": ["a=1", "b=2"], "config": "c.yaml"}),
+        (["convert", "in", "--raw", "out"], {"source": "in", "dest": "out", "raw": True}),
+        (["mix", "RUN", "--sources", "a", "b", "--count", "2"], {"model": "RUN", "sources": ["a", "b"]}),
+    ],
+)
+def test_options_stand_where_one_likes(arguments, found):
+    assert found.items() <= vars(parser().parse_args(arguments)).items()
+
+
+def test_an_empty_argument_is_no_option_that_a_message_begins_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # the empty path is this folder
+    assert main(["sample", ""]) == 1
+    assert capsys.readouterr().err.startswith("error: . holds no checkpoint and no snapshot: give a run")
 
 
 @pytest.mark.parametrize("seed", ["-1", "1.5", "x", str(2**62)])
@@ -130,6 +150,17 @@ def test_convert_says_what_a_folder_is(runs, tmp_path, capsys):
     assert main(["convert", str(runs.style), str(tmp_path / "x.safetensors")]) == 1
     expected = f"error: {runs.style} is no file: give a published checkpoint (.pth)\n"
     assert capsys.readouterr().err == expected
+
+
+def test_convert_names_what_is_in_the_way_before_it_reads(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "x.safetensors").mkdir()
+    for dest, message in [
+        ("file/x.safetensors", f"{tmp_path}/file cannot be a folder: {tmp_path}/file is not one"),
+        ("x.safetensors", f"{tmp_path}/x.safetensors is there already and no plain file"),
+    ]:
+        assert main(["convert", str(tmp_path / "none.pth"), str(tmp_path / dest)]) == 1
+        assert capsys.readouterr().err == f"error: {message}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import socket
 
 import pytest
@@ -38,6 +39,18 @@ def test_records_say_what_was_measured_and_go_into_the_run_folder(runs):
         assert read_metrics(runs.style)[name][-1] == record
     assert records["fid"]["features"] == "random network, not comparable"
     assert records["fid"]["comparable"] is False and records["fid"]["generated_images"] == 20
+
+
+def test_records_of_another_set_name_it(runs, tmp_path):
+    run = shutil.copytree(runs.residual, tmp_path / "run")
+    for options in ([], ["--data", str(runs.dark)], ["--count", "10"]):
+        command = ["evaluate", str(run), "--device", "cpu", "--metrics", "mse", "--count", "12", *options]
+        assert main(command) == 0
+    own, other, last = read_metrics(run)["mse"]
+    assert other["data"] == "dark" and own.keys() == last.keys() == other.keys() - {"data"}
+    assert own["value"] != other["value"] and "data dark" not in card(run)
+    main([*command, "--data", str(runs.dark)])
+    assert "data: dark" in report(run).read_text() and "data dark" in card(run)
 
 
 def test_numbers_are_those_of_the_parts(runs):
@@ -149,13 +162,21 @@ def test_the_command_passes_them_on(runs, tmp_path, capsys):
         (["--metrics", "mse", "--samples", "9"], "--samples is for --ood and for --metrics log_likelihood"),
         (["--metrics", "mse", "--features", "random"], "--features random: this option is for --metrics fid"),
         (["--metrics", "mse", "ssim", "--weights", "w"], "--weights w: this option is for --metrics fid kid"),
+        (["--features", "random", "--weights", "w"], "--weights w: this option is for --metrics lpips"),
         (["--metrics", "mse", "--own", str(runs.grey)], f"--own {runs.grey}: this option is for --ood"),
         (["--metrics", "mse", "--out", "o"], "--out o: this option is for --ood"),
         ([*ood, "--features", "random"], "--features random: this option is for --metrics fid"),
         ([*ood, "--metrics", "mse"], "--ood and --metrics are two evaluations"),
         ([*ood, "--batch-norm", "batch"], "--batch-norm is 'batch'"),
+        ([*ood, "--count", "0"], "--count is 0, must be at least 1"),
     ]:
         assert main([*common, *arguments]) == 1
+        assert message in capsys.readouterr().err
+    for model, arguments, message in [
+        (runs.style, ["--batch-norm", "batch"], "--batch-norm is 'batch': this model has no batch norm"),
+        (runs.translation, ["--weights", "w"], "--weights w: this option is for --metrics lpips swap_lpips"),
+    ]:
+        assert main(["evaluate", str(model), "--device", "cpu", "--metrics", "mse", *arguments]) == 1
         assert message in capsys.readouterr().err
 
 

@@ -92,7 +92,7 @@ def test_files_are_read_in_any_mode_and_sizes_that_differ_are_an_error_or_resize
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no images in .*empty"):
         run.read([tmp_path / "empty"], resize=True)
-    with pytest.raises(ValueError, match="is in colour, the model takes grey images"):
+    with pytest.raises(ValueError, match=rf"000.png of {runs.colour} is in colour, the model takes grey"):
         grey.read([runs.colour], 1)
 
 

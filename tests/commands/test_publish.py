@@ -20,6 +20,7 @@ from sivae_fast.cli import main
 from sivae_fast.commands.card import card
 from sivae_fast.commands.publish import write_publication
 from sivae_fast.config import make_config
+from sivae_fast.export import export
 from sivae_fast.hub import FILES, _failing
 from sivae_fast.run import append_metric
 from sivae_fast.systems import make_model
@@ -141,6 +142,18 @@ def test_a_card_says_what_the_model_is(runs, tmp_path):
     assert 'sivae_fast.load("00007-mine")' in text and "Apache-2.0" in text and str(tmp_path) not in text
     alone = shutil.copy(run / "snapshots" / "0000001000.safetensors", tmp_path)
     assert "fid" not in card(alone)
+
+
+def test_batch_norm_that_the_commands_measure_anew_is_told(runs, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("sivae_fast.export._program", lambda network, shape: network)
+    monkeypatch.setattr("sivae_fast.export._pack_torch", lambda *_: b"")
+    monkeypatch.setattr("sivae_fast.export._difference", lambda *_: 0.0)
+    for run in (runs.residual, runs.style, runs.clouds):  # clouds keep the running statistics everywhere
+        caplog.clear()
+        export(run, tmp_path / "out", format="torch")
+        told = run == runs.residual
+        assert ("batch norm is exported with the running statistics" in caplog.text) == told
+        assert (f'Inference.load("{run.name}")` measures them anew' in card(run)) == told
 
 
 def test_what_a_card_loads_is_there(runs, tmp_path, monkeypatch):

@@ -106,6 +106,7 @@ def test_what_a_set_cannot_tell_is_left_out(runs, tmp_path, capsys, caplog):
     found = json.loads(capsys.readouterr().out)  # cars: the test classes are no training classes
     assert set(WITHOUT_LPIPS) - set(found) == {"class_from_class_code", "class_from_content_code"}
     assert "the training images do not tell the class of the test images" in caplog.text
+    assert found["mse"]["data"] == tmp_path.name
     assert found["swap_mse"]["pairs"] > 0 and found["content_from_content_code"]["training_images"] == 108
 
 

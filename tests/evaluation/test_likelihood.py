@@ -177,3 +177,11 @@ def test_histogram_is_a_picture(tmp_path):
     sets = {"train": torch.randn(500), "test": torch.randn(100), "other": torch.randn(100) - 5}
     save_histogram(tmp_path / "h.png", sets, "made numbers")
     assert Image.open(tmp_path / "h.png").size == (770, 440)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_histogram_has_the_scores_at_its_ends(tmp_path):
+    # Between neighbours in single precision, whose rounding would leave all of them out.
+    sets = {name: torch.tensor([value], dtype=torch.float64) for name, value in (("a", 0.1), ("b", 2904.2))}
+    save_histogram(tmp_path / "h.png", sets, "one image each")
+    save_histogram(tmp_path / "i.png", {"a": sets["b"], "b": sets["b"]}, "equal ones")
