@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("sivae_fast").setLevel(logging.INFO)  # and of other packages only the warnings
     try:
         return run(options)
+    except ModuleNotFoundError as error:
+        print(f"error: a package is missing ({error}): pip install 'sivae-fast[train]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before or after the iterations, which it ends in good order
         print("stopped", file=sys.stderr)
         return 130

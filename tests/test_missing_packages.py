@@ -53,6 +53,7 @@ def test_onnx_needs_three_packages(tmp_path, monkeypatch):
             "error: a package is missing",
         ),
         ("yaml", "from sivae_fast.cli import main; main(['doctor'])", "error: a package is missing"),
+        ("yaml", "from launch.train import main; main(['--dry-run'])", "error: a package is missing"),
     ],
 )
 def test_what_the_toolkit_needs_is_in_one_extra(package, code, message):

@@ -143,9 +143,9 @@ def _read_made(path, split: str, classes: tuple[str, ...], points: int) -> Group
 
 def _read_npy(path, split: str, classes: tuple[str, ...], points: int) -> Groups:
     try:
-        clouds = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(clouds, np.ndarray) or clouds.dtype.kind not in "iuf":
-            raise ValueError(f"it holds {getattr(clouds, 'dtype', 'an archive (.npz)')}")
+        clouds = np.lib.format.open_memmap(path, mode="r")  # np.load tells how to unpickle other files
+        if clouds.dtype.kind not in "iuf":
+            raise ValueError(f"it holds {clouds.dtype}")
     except OSError:
         raise
     except Exception as error:  # damaged headers raise anything

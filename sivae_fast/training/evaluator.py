@@ -122,9 +122,9 @@ class CloudMeasures:
 
     def of(self, model: Model, images: int, weights: str) -> dict[str, dict]:
         """A record a metric of `model` after so many images. A collective call."""
-        count, seed = self._config.evaluate.images, self._config.train.seed
-        run = CloudInference(model, self._config, images, weights=weights, show=False)
-        about = {"count": count, "seed": seed, "split": self._split, "clouds": self._clouds}
+        settings, seed = self._config.evaluate, self._config.train.seed
+        run = CloudInference(model, self._config, images, weights=weights, data=settings.data, show=False)
+        about = {"count": settings.images, "seed": seed, "split": self._split, "clouds": self._clouds}
         return evaluate_clouds(run, self._config.measured, **about)
 
 
@@ -153,7 +153,7 @@ class TranslationMeasures:
         """A record a metric of `model` after so many images. A collective call."""
         settings = self._config.evaluate
         return evaluate_translation(
-            Inference(model, self._config, images, weights=weights, show=False),
+            Inference(model, self._config, images, weights=weights, data=settings.data, show=False),
             self._metrics,
             factors=self._factors,
             count=settings.images,

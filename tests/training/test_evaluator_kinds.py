@@ -136,6 +136,7 @@ def test_other_data_and_fewer_of_them(tmp_path, settings, clouds_file):
     }
     assert values["own"]["value"] != values["other"]["value"] and values["own"]["validation_clouds"] == 3
     assert values["other"]["test_clouds"] == 6
+    assert values["other"]["data"] == "other.npy" and "data" not in values["own"]
     run = train(settings("translation", tmp_path, {"every": 48, "images": 6}))
     assert read_metrics(run)["mse"][0]["test_images"] == 6
 
