@@ -180,7 +180,7 @@ def _shape(x: Tensor, weights: list[Tensor], dtype: torch.dtype) -> tuple[tuple[
     # Triton's interpreter multiplies the bits of bfloat16.
     product = torch.float32 if _launch.INTERPRET else dtype
     sizes = len(x), x.shape[1], len(weights[0]), len(weights[-1])
-    return sizes, {"PRODUCT": getattr(tl, str(product).removeprefix("torch.")), "num_warps": 4}
+    return sizes, {"PRODUCT": getattr(tl, str(product).removeprefix("torch."))}
 
 
 def forward(x: Tensor, weights: list[Tensor], biases: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -191,7 +191,7 @@ def forward(x: Tensor, weights: list[Tensor], biases: list[Tensor], dtype: torch
     with on_device(x):
         forward_kernel[(-(-n // 16),)](
             x, tuple(weights), tuple(biases), hidden, y, n, inputs, width, outputs, *x.stride(),
-            BLOCK_N=16, BLOCK_K=32, WIDTH=power_of_2(width), **compiled,
+            BLOCK_N=16, BLOCK_K=32, WIDTH=power_of_2(width), num_warps=8, **compiled,
         )  # fmt: skip
     return [y, hidden]
 
@@ -207,7 +207,7 @@ def backward(
     with on_device(x):
         backward_kernel[(-(-n // 16),)](
             by_y, tuple(weights), hidden, by_hidden, by_x, n, inputs, width, outputs,
-            BLOCK_N=16, BLOCK_K=32, WIDTH=power_of_2(width), **compiled,
+            BLOCK_N=16, BLOCK_K=32, WIDTH=power_of_2(width), num_warps=8, **compiled,
         )  # fmt: skip
         if to_weights:
             by_weights = [torch.empty_like(weight) for weight in weights]
