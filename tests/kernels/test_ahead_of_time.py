@@ -158,7 +158,7 @@ def style_launches(dtype, shape, decoder=True, last=True):
     _style_triton.backward(*by, *inputs, kept, 0.2, (True, decoder, True, decoder))
 
 
-def within_budget(result, wide=(), ceiling=1):
+def within_budget(result, wide=(), ceiling=1, stack=0):
     target, artifacts = result
     for name, artifact in artifacts if BUDGETED else ():
         if target == "gfx942":
@@ -173,7 +173,7 @@ def within_budget(result, wide=(), ceiling=1):
             loads, stores = (bool(re.search(rf"_{op}_(dwordx4|b128)", listing)) for op in ("load", "store"))
         else:
             listing, usage = artifact.asm["ptx"], resources(artifact.asm["cubin"])
-            assert usage["STACK"] == usage["LOCAL"] == 0, (name, usage)
+            assert usage["STACK"] <= stack and usage["LOCAL"] == 0, (name, usage)
             assert usage["REG"] <= REGISTERS[name][ceiling], (name, usage)
             assert ".f64" not in listing, name
             assert not re.search(r"(atom|red)\.\S*\.(f16|f32|bf16)", listing), name
@@ -325,6 +325,5 @@ def test_small_networks(compiled, dtype, width):
         y, hidden = _mlp_triton.forward(x, weights, biases, DTYPES[dtype])
         _mlp_triton.backward(y, x, weights, hidden, True, True)
 
-    target, launches = compiled(call)
-    if (target, dtype) != ("sm_100", "fp32"):  # one of them has 16 bytes of stack there
-        within_budget((target, launches), ceiling=1 if dtype == "fp32" else 0)
+    # In float32 some compilers put a handful of bytes on the stack.
+    within_budget(compiled(call), **({"ceiling": 1, "stack": 16} if dtype == "fp32" else {"ceiling": 0}))
