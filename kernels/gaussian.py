@@ -75,7 +75,7 @@ def reparameterize(
     logvar_clamp: tuple[float, float] | None = None,
 ) -> Tensor:
     """z of `sample_and_kl`."""
-    if noise is not None and not runs_triton((mean, logvar, noise)):
+    if noise is not None and seed is None and not runs_triton((mean, logvar, noise)):
         _check(mean, logvar, noise, None, None, None, 1.0)
         logvar_clamp = bounds("logvar_clamp", logvar_clamp)
         return reference.reparameterize(mean, logvar, noise, logvar_clamp)
@@ -106,6 +106,11 @@ def _check(mean, logvar, noise, seed, prior_mean, prior_logvar, prior_std) -> No
         for prior, name in ((prior_mean, "prior_mean"), (prior_logvar, "prior_logvar")):
             if not isinstance(prior, Tensor) or not prior.is_floating_point() or prior.device != mean.device:
                 raise TypeError(f"{name} must be a float tensor on {mean.device}, got {prior!r}")
+            sizes = zip(reversed(prior.shape), reversed(mean.shape), strict=False)
+            if prior.dim() > mean.dim() or any(size not in (1, whole) for size, whole in sizes):
+                raise ValueError(
+                    f"{name} has shape {list(prior.shape)}, must broadcast against mean, {list(mean.shape)}"
+                )
         if prior_std != 1.0:
             raise ValueError(f"prior_std is {prior_std}, must be left out where prior_mean is given")
     if seed is not None and not isinstance(seed, Tensor):

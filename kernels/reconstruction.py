@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import closed_form, reference
 from ._batch import Formula, channels_last, image_like, image_rows
-from ._checks import check_tensors
+from ._checks import check_tensors, positive
 from ._launch import runs_triton
 from ._operator import FusedOperator
 
@@ -31,8 +31,7 @@ def reconstruction_error(
     """
     if kind not in reference.RECONSTRUCTIONS:
         raise ValueError(f"kind is {kind!r}, must be one of {', '.join(reference.RECONSTRUCTIONS)}")
-    if not (math.isfinite(huber_delta) and huber_delta > 0):
-        raise ValueError(f"huber_delta is {huber_delta}, must be positive")
+    huber_delta = positive("huber_delta", huber_delta)
     check_tensors([(target, "target", ""), (prediction, "prediction", "")])
     return _ERROR((target, prediction), (), (0,), (huber_delta,), kind)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,9 +46,11 @@ def grid_normalised_elbo(grid: Tensor, data: Tensor) -> float:
     """gnELBO of energies on a grid and of energies of data points: mean(data) / (sum(grid) + sum(data)).
 
     Built from the negative ELBO, so lower is better; a constant energy scores one over the number of points.
+    NaN where an energy is infinite: an infinite sum would make the best of all scores, 0.
     """
     grid, data = grid.double(), data.double()
-    return (data.mean() / (grid.sum() + data.sum())).item()
+    total = (grid.sum() + data.sum()).item()
+    return data.mean().item() / total if math.isfinite(total) else math.nan
 
 
 def histogram(points: Tensor, half_range: float) -> Tensor:

@@ -6,6 +6,7 @@ All three follow `latent_3d_points` (Achlioptas et al., 2018), for whose tool th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -62,11 +63,8 @@ def jsd(p: Tensor, q: Tensor) -> float:
     """Jensen-Shannon divergence of two vectors of counts, base 2: 0 where equal, 1 where disjoint."""
     p, q = (counts.double() / counts.sum() for counts in (p, q))
     entropy = lambda x: -torch.special.xlogy(x, x).sum()
-    return (
-        ((entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2) / torch.log(torch.tensor(2.0)))
-        .clamp(0, 1)
-        .item()
-    )
+    nats = entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+    return (nats / math.log(2)).clamp(0, 1).item()
 
 
 def sampling_jsd(

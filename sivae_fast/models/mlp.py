@@ -78,8 +78,9 @@ def _forward(layers: nn.Sequential, x: Tensor) -> Tensor:
 def _through(layers: nn.Sequential, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The layers with hidden values in `dtype`; the result has the dtype of x."""
     if _onednn_can_take(x, dtype):
-        first, *parameters = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-        return _OneDNN.apply(dtype, x, first.view_as(first), *parameters)
+        # Views: of leaves a backward pass cannot tell whether it wants their gradients.
+        parameters = [tensor.view_as(tensor) for layer in layers for tensor in (layer.weight, layer.bias)]
+        return _OneDNN.apply(dtype, x, *parameters)
     return mlp(x, [layer.weight for layer in layers], [layer.bias for layer in layers], dtype)
 
 
@@ -101,8 +102,8 @@ class _OneDNN(torch.autograd.Function):
     """The layers on a CPU: the arithmetic of `F.linear` and `F.relu` with less memory traffic.
 
     Bias and ReLU are applied inside oneDNN's product, the backward pass masks gradients in place. Arguments
-    are the dtype of hidden values (float32 or bfloat16), x [B, inputs] in float32, a view of the first
-    weight, then bias, weight, bias, ... of all layers. A layer's backward pass has the dtype of its input.
+    are the dtype of hidden values (float32 or bfloat16), x [B, inputs] in float32, then views of weight,
+    bias, weight, bias, ... of all layers. A layer's backward pass has the dtype of its input.
     """
 
     @staticmethod
@@ -120,7 +121,8 @@ class _OneDNN(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         saved = ctx.saved_tensors
         inputs, weights = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        trains = ctx.needs_input_grad[2] and _is_wanted(ctx.next_functions[1][0])
+        nodes = [node for node, _ in ctx.next_functions[1:]]  # of weights and biases; None where frozen
+        trains = any(node is not None and _is_wanted(node) for node in nodes)
         gradients = [None] * len(ctx.needs_input_grad)
         for i in reversed(range(len(weights))):
             gradient = gradient.to(inputs[i].dtype)

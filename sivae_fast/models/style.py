@@ -185,7 +185,7 @@ class StyleModel(Model):
 
     @torch.no_grad()
     def _tracked(self, styles: Tensor) -> Tensor:
-        if self.training:
+        if self.training and len(styles):  # no rows have no mean
             self.dlatent_avg.lerp_(styles[:, 0].mean(0), 1 - AVERAGE_KEEPS)
         return styles
 

@@ -56,6 +56,12 @@ def test_constant_energy_scores_one_over_the_number_of_points():
     assert score == pytest.approx(9.4217e-7, rel=1e-4)
 
 
+def test_infinite_energies_make_no_perfect_score():
+    grid = torch.tensor([[1.0, math.inf], [2.0, 3.0]])
+    assert math.isnan(ev.grid_normalised_elbo(grid, torch.ones(2)))
+    assert math.isnan(ev.grid_normalised_elbo(torch.ones(2, 2), torch.tensor([1.0, math.inf])))
+
+
 def test_histogram_drops_points_outside_before_normalising():
     inside, edge, outside = [0.5, -0.5], [2.0, 2.0], [2.1, 0.0]
     h = ev.histogram(torch.tensor([inside, inside, inside, edge, outside]), 2.0)

@@ -197,6 +197,11 @@ MEAN = torch.zeros(2, 3)
 WRONG = {
     "no noise": (lambda: sample_and_kl(MEAN, MEAN), ValueError, "noise and seed: exactly one"),
     "both": (lambda: sample_and_kl(MEAN, MEAN, MEAN, seed=torch.tensor([1])), ValueError, "exactly one"),
+    "both of a sample": (
+        lambda: reparameterize(MEAN, MEAN, MEAN, seed=torch.tensor([1])),
+        ValueError,
+        "noise and seed: exactly one",
+    ),
     "noise": (lambda: sample_and_kl(MEAN, MEAN, MEAN[:, :1]), ValueError, r"noise has shape \[2, 1\], mean"),
     "seed": (lambda: sample_and_kl(MEAN, MEAN, seed=MEAN), ValueError, "must be one int64 number on cpu"),
     "number": (lambda: sample_and_kl(MEAN, MEAN, seed=1), TypeError, "seed is 1, must be a tensor"),
@@ -210,6 +215,16 @@ WRONG = {
         lambda: gaussian_kl(MEAN, MEAN, prior_mean=1, prior_logvar=2),
         TypeError,
         "prior_mean must be",
+    ),
+    "prior shape": (
+        lambda: gaussian_kl(MEAN, MEAN, prior_mean=MEAN, prior_logvar=torch.zeros(2)),
+        ValueError,
+        r"prior_logvar has shape \[2\], must broadcast against mean, \[2, 3\]",
+    ),
+    "prior of more dimensions": (
+        lambda: gaussian_kl(MEAN, MEAN, prior_mean=MEAN[None], prior_logvar=MEAN),
+        ValueError,
+        r"prior_mean has shape \[1, 2, 3\], must broadcast",
     ),
     "prior_std": (
         lambda: gaussian_kl(MEAN, MEAN, prior_std=-1.0),
@@ -240,6 +255,11 @@ WRONG = {
         lambda: reconstruction_error(MEAN, MEAN, "huber", 0.0),
         ValueError,
         "huber_delta is 0.0, must be",
+    ),
+    "delta tensor": (
+        lambda: reconstruction_error(MEAN, MEAN, "huber", torch.tensor(1.0)),
+        ValueError,
+        r"huber_delta is tensor\(1.\), must be a finite number",
     ),
     "integers": (lambda: reconstruction_error(MEAN.int(), MEAN), TypeError, "target is torch.int32, must be"),
     "shapes": (lambda: reconstruction_error(MEAN, MEAN[:1]), ValueError, r"prediction has shape \[1, 3\]"),

@@ -61,6 +61,32 @@ def test_gradient_flows_through_a_frozen_net():
     assert all(p.grad is None for p in model.decoder.parameters())
 
 
+@pytest.mark.parametrize("name", ["input.bias", "hidden_2.weight", "output.bias"])
+def test_gradient_of_one_parameter_alone(name):
+    model = MLPModel(width=8)
+    parameter = dict(model.decoder["main"].named_parameters())[name]
+    z = torch.randn(4, 2)
+    (expected,) = torch.autograd.grad(plain(model.decoder["main"], z).square().sum(), parameter)
+    (found,) = torch.autograd.grad(model.decode(z).square().sum(), parameter)
+    torch.testing.assert_close(found, expected)
+    model.decode(z).square().sum().backward(inputs=[parameter])
+    torch.testing.assert_close(parameter.grad, expected)
+
+
+@pytest.mark.parametrize("frozen", ["input.weight", "hidden_1.weight"])
+def test_parameters_beside_a_frozen_one_are_trained(frozen):
+    model = MLPModel(width=8)
+    parameters = dict(model.decoder["main"].named_parameters())
+    parameters[frozen].requires_grad_(False)
+    z = torch.randn(4, 2)
+    trained = [p for name, p in parameters.items() if name != frozen]
+    expected = torch.autograd.grad(plain(model.decoder["main"], z).square().sum(), trained)
+    model.decode(z).square().sum().backward()
+    assert parameters[frozen].grad is None
+    for parameter, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
 @pytest.mark.parametrize("option", ["input_size", "latent_size", "width", "hidden_layers"])
 def test_sizes_are_checked(option):
     with pytest.raises(ValueError, match=f"{option} = 0: must be at least 1"):

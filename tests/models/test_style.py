@@ -303,6 +303,13 @@ def test_average_style_is_tracked_in_training_alone():
     assert torch.equal(average, model.dlatent_avg) and not average.requires_grad
 
 
+def test_no_rows_leave_the_average_style_as_it_is():
+    model = lively()
+    with pytest.raises(ValueError, match="no dimension of 0"):
+        model.decode(torch.zeros(0, 16, dtype=torch.float64))
+    assert torch.equal(model.dlatent_avg, torch.zeros(16, dtype=torch.float64))
+
+
 def test_truncation_pulls_coarse_layers_to_the_average():
     model = lively().eval()
     model.set_level(4, 1.0)
