@@ -8,7 +8,8 @@
 A cell is one run of launch/train.py. An interrupted cell goes on where it stopped; a finished one leaves
 `densities/<cell>.json` (scores, facts) and `.npz` (what the figure shows) under bench/results/ and is not
 trained again. Cells of bfloat16 are in `densities-bf16`, and the figure does not show them. Cells train side
-by side, one thread each; half an hour a cell on one quiet core.
+by side, one thread each; half an hour a cell on one quiet core. With --out all of it is in another folder,
+and the table is printed alone.
 """
 
 from __future__ import annotations
@@ -61,9 +62,8 @@ class Cell(NamedTuple):
     def __str__(self) -> str:
         return f"{self.density}-{self.objective}-{self.seed}"
 
-    @property
-    def record(self) -> Path:
-        return RESULTS / FOLDERS[self.precision] / f"{self}.json"
+    def record(self, out: Path) -> Path:
+        return out / FOLDERS[self.precision] / f"{self}.json"
 
     def overrides(self, runs: Path) -> list[str]:
         values = {"kind": self.objective}
@@ -106,17 +106,17 @@ def introvae_values(density: str) -> dict[str, float | str]:
     return {**weights, **{key: best[key] for key in ("hinge", "beta_neg", "margin")}}
 
 
-def train(cell: Cell, runs: Path) -> None:
+def train(cell: Cell, runs: Path, out: Path) -> None:
     """Trains or resumes the cell, then measures it. Raises RuntimeError with the end of the log."""
     command = [sys.executable, "launch/train.py", "--config", cell.config_file(), *cell.overrides(runs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{cell}: {' '.join(command)}\n{done.stderr[-2000:]}")
-    measure(cell, runs)
+    measure(cell, runs, out)
 
 
-def measure(cell: Cell, runs: Path) -> None:
+def measure(cell: Cell, runs: Path, out: Path) -> None:
     config, folder = cell.config(runs), cell.folder(runs)
     model, data = load(folder), Density(cell.density)
     if model.images < config.train.images:
@@ -145,28 +145,28 @@ def measure(cell: Cell, runs: Path) -> None:
             f"--only {cell.density}/{cell.objective}/{cell.seed}"
         ),
     }
-    cell.record.parent.mkdir(parents=True, exist_ok=True)
+    path = cell.record(out)
     small = look_at(model, data.half_range, points=192)
-    with atomic(cell.record.with_suffix(".npz")) as file:
+    with atomic(path.with_suffix(".npz")) as file:
         arrays = {name: value.numpy().astype(np.float16) for name, value in small._asdict().items()}
         np.savez_compressed(file, **arrays)
-    write_text(cell.record, json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
-def progress_of(cell: Cell, runs: Path) -> float:
-    if cell.record.exists():
+def progress_of(cell: Cell, runs: Path, out: Path) -> float:
+    if cell.record(out).exists():
         return 1.0
     folder = cell.folder(runs)
     ticks = read_stats(folder) if folder else []
     return ticks[-1]["images"] / cell.config(runs).train.images if ticks else 0.0
 
 
-def show_progress(cells: list[Cell], runs: Path, finished: threading.Event) -> None:
+def show_progress(cells: list[Cell], runs: Path, out: Path, finished: threading.Event) -> None:
     """Every few seconds: finished cells, cells under way, time left at the pace since the start."""
-    at_start, began = sum(progress_of(cell, runs) for cell in cells), time.monotonic()
+    at_start, began = sum(progress_of(cell, runs, out) for cell in cells), time.monotonic()
     interactive = sys.stderr.isatty()
     while not finished.wait(5 if interactive else 60):
-        shares = {cell: progress_of(cell, runs) for cell in cells}
+        shares = {cell: progress_of(cell, runs, out) for cell in cells}
         gained = sum(shares.values()) - at_start
         left = (
             (len(cells) - sum(shares.values())) * (time.monotonic() - began) / gained if gained > 0 else None
@@ -177,13 +177,13 @@ def show_progress(cells: list[Cell], runs: Path, finished: threading.Event) -> N
         print(f"\r\x1b[2K{line}" if interactive else line, end="" if interactive else "\n", file=sys.stderr)
 
 
-def run_cells(cells: list[Cell], runs: Path, jobs: int) -> None:
+def run_cells(cells: list[Cell], runs: Path, out: Path, jobs: int) -> None:
     """Trains the missing cells; one that fails is reported at the end and does not stop the others."""
     finished = threading.Event()
-    watcher = threading.Thread(target=show_progress, args=(cells, runs, finished), daemon=True)
+    watcher = threading.Thread(target=show_progress, args=(cells, runs, out, finished), daemon=True)
     watcher.start()
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(train, cell, runs) for cell in cells if not cell.record.exists()]
+        futures = [pool.submit(train, cell, runs, out) for cell in cells if not cell.record(out).exists()]
     finished.set()
     watcher.join()
     errors = [str(future.exception()) for future in futures if future.exception()]
@@ -201,13 +201,13 @@ def floors() -> dict[str, dict[str, float]]:
     return found
 
 
-def collect(path: Path) -> dict:
-    """Writes and returns the scores of all seeds that are there, beside those of the data themselves."""
+def collect(out: Path) -> dict:
+    """Writes and returns the scores of all seeds that are in the folder, beside those of the data."""
     best, rows = floors(), []
     for name in DENSITIES:
         rows.append({"density": name, "model": "the data itself", "seeds": 20, "scores": best[name]})
         for (objective, title), (precision, folder) in itertools.product(OBJECTIVES.items(), FOLDERS.items()):
-            files = sorted((RESULTS / folder).glob(f"{name}-{objective}-*.json"))
+            files = sorted((out / folder).glob(f"{name}-{objective}-*.json"))
             records = [json.loads(file.read_text()) for file in files]
             title += "" if precision == "fp32" else f", {precision}"
             if records:
@@ -218,7 +218,7 @@ def collect(path: Path) -> dict:
                     row["deviations"] = {k: statistics.stdev(r[k] for r in records) for k in SCORES}
                 rows.append(row)
     found = {"command": "python bench/densities.py", "rows": rows}
-    write_text(path, json.dumps(found, indent=1) + "\n")
+    write_text(out / "densities.json", json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -248,18 +248,18 @@ def filled(page: str, found: dict) -> str:
     return before + START + table(found) + END + rest.split(END)[1]
 
 
-def write_figure(path: Path) -> None:
-    """All cells of the lowest seed that is there."""
+def write_figure(out: Path) -> None:
+    """All cells of the lowest seed that is in the folder."""
     rows = []
     for name in DENSITIES:
         data, learned = Density(name), []
         for objective in OBJECTIVES:
-            files = sorted((RESULTS / "densities").glob(f"{name}-{objective}-*.npz"))
+            files = sorted((out / "densities").glob(f"{name}-{objective}-*.npz"))
             arrays = np.load(files[0]) if files else None
             take = lambda key, arrays=arrays: torch.from_numpy(arrays[key].astype(np.float32))
             learned.append(Learned(take("samples"), take("energy")) if files else None)
         rows.append(Row(name, data.half_range, data.sample(1024), learned))
-    draw_overview(path, rows, list(OBJECTIVES.values()))
+    draw_overview(out / "densities.png", rows, list(OBJECTIVES.values()))
 
 
 def select(pattern: str | None, seeds: int, precision: str = "fp32") -> list[Cell]:
@@ -285,14 +285,17 @@ def main() -> None:
     parser.add_argument("--precision", choices=[*FOLDERS], default="fp32")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells trained side by side")
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "runs" / "densities", help="run folders")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
     options = parser.parse_args()
-    cells, runs = select(options.only, options.seeds, options.precision), options.runs.resolve()
+    cells = select(options.only, options.seeds, options.precision)
+    runs, out = options.runs.resolve(), options.out.resolve()
     for cell in cells:
         cell.config(runs)  # what is wrong with a cell is said before the first one trains
-    run_cells(cells, runs, max(options.jobs, 1))
-    found = collect(RESULTS / "densities.json")
-    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8"), found))
-    write_figure(RESULTS / "densities.png")
+    run_cells(cells, runs, out, max(options.jobs, 1))
+    found = collect(out)
+    if out == RESULTS.resolve():
+        write_text(PAGE, filled(PAGE.read_text(encoding="utf-8"), found))
+    write_figure(out)
     print(table(found), end="")
 
 

@@ -26,7 +26,7 @@ class PlainTrainer:
     """Calls of an instance with x [B, channels, r, r] and draws make one update of both networks.
 
     autocast: torch.bfloat16 is what one would add in an afternoon, together with compile=True, which compiles
-    each network and takes PyTorch's fused Adam, as the project does.
+    each network and takes PyTorch's fused Adam, as the project does. mode: that of torch.compile.
     """
 
     def __init__(
@@ -41,8 +41,9 @@ class PlainTrainer:
         learning_rate: float = 0.002,
         autocast: torch.dtype | None = None,
         compile: bool = False,
+        mode: str | None = None,
     ):
-        self.model, self.autocast = model, autocast
+        self.model, self.autocast, self.compiled = model, autocast, compile
         self.beta_rec, self.beta_kl, self.beta_neg = beta_rec, beta_kl, beta_neg
         self.scale, self.gamma_r = scale, gamma_r
         self.sides = (nn.ModuleList(model.encoder_modules()), nn.ModuleList(model.decoder_modules()))
@@ -53,9 +54,11 @@ class PlainTrainer:
         if compile:
             for side in self.sides:
                 for network in side:
-                    network.compile()
+                    network.compile(mode=mode)
 
     def __call__(self, x: Tensor, draws: Draws) -> None:
+        if self.compiled:  # with the mode reduce-overhead, networks write where those of the last step wrote
+            torch.compiler.cudagraph_mark_step_begin()
         for loss_of, optimizer, trained in zip(
             (self.encoder_loss, self.decoder_loss), self.optimizers, (0, 1), strict=True
         ):

@@ -6,8 +6,9 @@ A row holds the median of its rounds. On the CPU rounds of all are interleaved a
 time, so that other programs on the machine do not count; on a GPU each provider has the memory to itself.
 Before timing, one float64 update of each must agree to 1e-10, otherwise nothing is timed, and on a GPU one
 float32 and one bf16 update there to what rounding allows: a precision that misses this has no rows, `refused`
-says why, and the exit code is 1. On a GPU there are also bf16, compiled and captured versions; --batches then
-tries several batches and each provider counts with its best.
+says why, and the exit code is 1. On a GPU there are also bf16, compiled and captured versions; the last two
+are held against the same without compiling or capturing, and have a row that says `refused` where they
+differ. --batches then tries several batches and each provider counts with its best.
 
 All run under the settings of `launch/train.py`: the fastest of cuDNN's algorithms, TF32 convolutions, float32
 matrix products. Beside them "plain, TF32" multiplies matrices in TF32, too, which a user of the plain trainer
@@ -44,6 +45,9 @@ from sivae_fast.training.optim import make_optimizer, set_learning_rate
 from sivae_fast.training.step import Step
 
 WEIGHTS = {"beta_rec": 0.1, "beta_kl": 0.2, "beta_neg": 512.0, "scale": 5e-6}
+#: Of the relative difference of updates that should be the same, by precision. Maps of 4x4 pixels are
+#: normalised in the check: on a CPU, too, rounding to bf16 changes it by 0.25.
+LIMITS = {"float64": 1e-10, "float32": 1e-3, "bf16": 0.5}
 Iteration = Callable[[torch.Tensor, Draws], None]
 Makers = dict[str, Callable[[StyleModel], Iteration]]
 
@@ -105,9 +109,9 @@ class WithTF32:
 
 
 def providers(device: torch.device) -> Makers:
-    plain = lambda model, **options: PlainTrainer(
-        PlainStyle(model).to(device), **WEIGHTS, learning_rate=2e-5, **options
-    )
+    def plain(model: StyleModel, learning_rate: float = 2e-5, **options) -> PlainTrainer:
+        return PlainTrainer(PlainStyle(model).to(device), **WEIGHTS, learning_rate=learning_rate, **options)
+
     found = {
         "plain": plain,
         "published schedule": functools.partial(Ours, schedule="published", fresh_draws=True),
@@ -122,6 +126,7 @@ def providers(device: torch.device) -> Makers:
         found["minimal, bf16, graphs"] = functools.partial(Ours, autocast=torch.bfloat16, graphs=True)
         # Last, since compiling takes minutes.
         found["plain, compiled, bf16"] = functools.partial(plain, **quick)
+        found["plain, reduce-overhead, bf16"] = functools.partial(plain, **quick, mode="reduce-overhead")
         found["minimal, compiled, bf16"] = functools.partial(Ours, **quick)
     return found
 
@@ -178,11 +183,12 @@ def measure_batch(
         yield from (row_of(name, batch, seconds) for name, seconds in found.items())
         return
     for name, make in makers.items():
-        torch._dynamo.reset()  # else what earlier batches compiled counts against the limit of this one
-        torch._functorch.config.donated_buffer = True  # the default; our compiled one changes it
-        gc.collect()
-        torch.cuda.empty_cache()
         try:
+            check_update(make, device)
+            torch._dynamo.reset()  # else what was compiled before counts against the limit of this one
+            torch._functorch.config.donated_buffer = True  # the default; our compiled one changes it
+            gc.collect()
+            torch.cuda.empty_cache()
             # Before the first timed round: compilers, and captures for either fall of the style coin.
             found = timed_rounds({name: make(copy.deepcopy(model))}, x, 8, rounds, device)
             row = row_of(name, batch, found[name])
@@ -235,11 +241,7 @@ def largest_difference(
     The plain trainer draws anew for its decoder phase; it is held against the published schedule that does
     so, too, and the minimal schedule against the published one with shared draws.
     """
-    torch.manual_seed(0)
-    model = StyleModel(16, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2).double()
-    with torch.no_grad():  # a constant map before an instance norm would amplify rounding
-        model.decoder.const.normal_()
-    model, x = model.to(device, dtype), torch.randn(4, 3, 16, 16, dtype=torch.float64).to(device, dtype)
+    model, x = small_model(device, dtype)
     weights = {"beta_rec": 0.5, "beta_kl": 0.3, "beta_neg": 4.0, "scale": 0.01}
     bare = {**weights, "gamma_r": 0.0}  # the minimal schedule leaves these terms of weight 1e-8 out
 
@@ -262,16 +264,61 @@ def largest_difference(
     return max(float((a - b).norm() / (a.norm() + 1e-12)) for a, b in both)
 
 
+@functools.cache  # by batches
+def check_update(make: Callable[..., Iteration], device: torch.device) -> None:
+    """Raises ValueError where a compiled or captured iteration is not the same one run line by line.
+
+    Compiled: one iteration, by what the optimizers see. Captured: by how far the parameters move in some
+    iterations, the last of them replays; they run the same kernels, so that bf16 needs no other limit.
+    """
+    options = getattr(make, "keywords", {})
+    eager = {name: value for name, value in options.items() if name not in ("compile", "mode", "graphs")}
+    if eager == options:
+        return
+    model, x = small_model(device, torch.float32)
+    makers = functools.partial(make.func, **eager), make
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        if "graphs" in options:
+            moved = [movement(make(copy.deepcopy(model), learning_rate=1e-3), x) for make in makers]
+            limit = 0.05
+        else:
+            moved = [gradients(make(copy.deepcopy(model), learning_rate=0.0), x) for make in makers]
+            limit = LIMITS["bf16" if "autocast" in options else "float32"]
+    expected, found = (torch.cat([moved_[name].flatten() for name in moved[0]]) for moved_ in moved)
+    difference = float((found - expected).norm() / expected.norm())
+    if not difference <= limit:  # NaN is refused, too
+        raise ValueError(
+            f"the update differs by {difference:.1e} from that without {', '.join(options.keys() - eager)}, "
+            f"accepted is {limit:.0e}"
+        )
+
+
+def movement(iteration: Ours, x: torch.Tensor, iterations: int = 10) -> dict[str, torch.Tensor]:
+    """By how much each parameter changes in so many iterations."""
+    before = {name: p.detach().clone() for name, p in iteration.model.named_parameters()}
+    for images in range(iterations):
+        iteration(x, Draws(0, images, Rows.all(len(x)), x.device))
+    return {name: p.detach() - before[name] for name, p in iteration.model.named_parameters()}
+
+
+def small_model(device: torch.device | str, dtype: torch.dtype) -> tuple[StyleModel, torch.Tensor]:
+    """A style model of 16x16 pixels and a batch for it, the same in every precision."""
+    torch.manual_seed(0)
+    model = StyleModel(16, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2).double()
+    with torch.no_grad():  # a constant map before an instance norm would amplify rounding
+        model.decoder.const.normal_()
+    return model.to(device, dtype), torch.randn(4, 3, 16, 16, dtype=torch.float64).to(device, dtype)
+
+
 def differences(device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
     """Largest difference by precision, those of a GPU on it with exact convolutions; why some are refused."""
-    checks = {"float64": (largest_difference, 1e-10)}
+    checks = {"float64": largest_difference}
     if device.type == "cuda":
-        checks["float32"] = functools.partial(largest_difference, device, torch.float32), 1e-3
-        # Maps of 4x4 pixels are normalised here: on a CPU, too, rounding to bf16 changes this by 0.25.
-        half = functools.partial(largest_difference, device, torch.float32, torch.bfloat16)
-        checks["bf16"] = half, 0.5
+        checks["float32"] = functools.partial(largest_difference, device, torch.float32)
+        checks["bf16"] = functools.partial(largest_difference, device, torch.float32, torch.bfloat16)
     found, refused = {}, {}
-    for name, (check, limit) in checks.items():
+    for name, check in checks.items():
+        limit = LIMITS[name]
         try:
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 found[name] = check()

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,12 +26,14 @@ from sivae_fast import hub
 from sivae_fast.config import Config, ConfigError, load_config, make_config
 from sivae_fast.contract import Model
 from sivae_fast.files import write_text
+from sivae_fast.run import remove_unfinished
 from sivae_fast.systems import make_model, make_schedule
 
 logger = logging.getLogger("sivae_fast")
 
 FORMAT = "sivae-fast 1"
 _CHECKPOINT = re.compile(r"\d{10,}\.json")
+_TENSORS = re.compile(r"\d{10,}\.safetensors")
 
 
 class CheckpointError(ValueError):
@@ -44,8 +47,10 @@ def save_checkpoint(folder: Path, images: int, tensors: dict[str, Tensor], state
     Raises OSError where it cannot be written; older checkpoints are then untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*.tmp"):  # by a kill in the middle of a write; there is one writer
-        left.unlink()
+    remove_unfinished(folder)
+    for left in folder.iterdir():  # without its JSON, by a kill or a full disk in the middle of a save
+        if _TENSORS.fullmatch(left.name) and not left.with_suffix(".json").exists():
+            left.unlink()
     path = folder / f"{images:010d}.safetensors"
     digest = _save_tensors(path, tensors, {"format": FORMAT})
     state = {"format": FORMAT, "images": images, "sha256": digest, **state}
@@ -150,13 +155,16 @@ def run_folder(path: Path) -> Path | None:
     """The run folder that a model comes from: `path` itself, or the one it lies in; None for a lone file."""
     if path.is_dir():
         return path
+    if path.name.startswith("best-"):  # lies in the run folder itself
+        return path.parent
     return path.parent.parent if path.parent.name in ("checkpoints", "snapshots") else None
 
 
-def run_config(folder: Path | None) -> Config | None:
+def run_config(folder: Path | None, advice: str = "") -> Config | None:
     """The configuration in a run folder; None for no folder, or one without.
 
-    Raises CheckpointError, naming the file, where it cannot be used.
+    Raises CheckpointError, naming the file, where it cannot be used; `advice` says what to do then, where it
+    is not the usual.
     """
     path = folder and folder / "config.yaml"
     if path is None or not path.is_file():
@@ -168,8 +176,12 @@ def run_config(folder: Path | None) -> Config | None:
     except ConfigError as error:
         why = str(error).removeprefix(f"--config {path}: ").partition(". Give the path")[0]
         raise CheckpointError(
-            f"{path}, the configuration of this run, cannot be used ({why}): the command that trained it "
-            "writes it again; where it is removed, that of the checkpoint or snapshot is used"
+            f"{path}, the configuration of this run, cannot be used ({why}): "
+            + (
+                advice
+                or "the command that trained it writes it again; where it is removed, that of the "
+                "checkpoint or snapshot is used"
+            )
         ) from error
 
 
@@ -286,7 +298,10 @@ def _is_planned(path: Path) -> bool:
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Atomic: the file appears under its name only when it is whole and on the disk. Returns its SHA-256."""
+    """Atomic: the file appears under its name only when it is whole and on the disk. Returns its SHA-256.
+
+    It is written in a folder of its own, since a kill leaves a file there that safetensors has named.
+    """
     from safetensors.torch import save_file
 
     with _temporary(path) as temporary:
@@ -307,14 +322,14 @@ def _temporary(path: Path) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(exist_ok=True)
     try:
-        yield temporary
+        yield temporary / path.name
     except SafetensorError as error:
         why = str(error).partition(" at path ")[0]  # which names a temporary file of safetensors
         raise OSError(f"{path} could not be written: {why}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

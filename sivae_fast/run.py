@@ -21,6 +21,10 @@ from sivae_fast.files import append_line, keep_lines, lock, make_folder, plain, 
 logger = logging.getLogger("sivae_fast")
 
 _FOLDER = re.compile(r"(\d{5,})-(.+)")
+#: What is written beside a file of a run before it takes its place; other commands have files of other names.
+_UNFINISHED = re.compile(
+    r"\.(config\.yaml|run\.json|stats\.jsonl|metric-\w+\.jsonl|best-\w+\.safetensors|\d{10,}\.\w+)\.\d+\.tmp"
+)
 _locks: set[Any] = set()
 
 
@@ -50,6 +54,21 @@ def launch_name() -> str:
     return os.environ.get("SIVAE_LAUNCH") or (logs[1] if logs else "")
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a kill left of a file that was being written to `folder`, a run folder or a part of one.
+
+    For the process that trains the run alone, which is the only one to write files of these names.
+    """
+    for path in folder.glob(".*.tmp"):
+        if not _UNFINISHED.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 class RunInUse(RuntimeError):
     """The run folder belongs to a live process."""
 
@@ -60,6 +79,9 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder
         self._lock = _acquire(folder)
+        for part in (folder, *(folder / name for name in ("checkpoints", "snapshots", "samples"))):
+            remove_unfinished(part)
+        self._beyond: int | None = None  # images beyond which statistics are still to be dropped
         self._events: Events | None = None
         self._log = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         self._log.setFormatter(
@@ -138,6 +160,7 @@ class Run:
 
     def stats(self, record: dict[str, Any]) -> None:
         """One tick: a line of `stats.jsonl` and TensorBoard scalars at step `record["images"]`."""
+        self._truncate()
         record = plain(record)
         append_line(self.folder / "stats.jsonl", {**record, "time": round(time.time(), 3)})
         if self._events is None:
@@ -146,15 +169,26 @@ class Run:
 
     def metric(self, name: str, record: dict[str, Any]) -> None:
         """One line of `metric-<name>.jsonl`; `record` has at least `images` and `value`."""
+        self._truncate()
         append_metric(self.folder, name, record)
 
     def truncate_after(self, images: int) -> None:
-        """On resume at `images`: drop statistics and metrics beyond it and any half-written last line."""
+        """On resume at `images`: drop statistics and metrics beyond it and any half-written last line.
+
+        Where this raises OSError, as on a full disk, the next line to be written tries again before it.
+        """
         if self._events is not None:  # the next file tells TensorBoard to forget what lies beyond
             self._events.close()
             self._events = None
+        self._beyond = images if self._beyond is None else min(images, self._beyond)
+        self._truncate()
+
+    def _truncate(self) -> None:
+        if self._beyond is None:
+            return
         for path in (self.folder / "stats.jsonl", *self.folder.glob("metric-*.jsonl")):
-            keep_lines(path, images)
+            keep_lines(path, self._beyond)
+        self._beyond = None
 
     def sample_path(self, images: int) -> Path:
         """Where the picture grid after `images` images goes."""

@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -186,6 +189,9 @@ def test_paths_stay_in_the_run_folder(tmp_path, data, expected):
     assert again.data.path == expected and again.objective.perceptual_weights == "vgg16.pth"
     (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
     assert load(path).config == load(tmp_path / "run").config == config
+    best = tmp_path / "run" / "best-fid.safetensors"
+    best.write_bytes(path.read_bytes())
+    assert load(best).config == config
 
 
 @pytest.mark.parametrize(
@@ -342,3 +348,30 @@ def test_a_part_of_a_run_folder_is_told_from_the_whole(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError, match=rf"{name} is a part of a run folder: give {tmp_path}, or one"):
         load(tmp_path / name)
+
+
+KILLED = """
+import os, signal, sys, threading, torch
+from pathlib import Path
+from sivae_fast.checkpoint import save_checkpoint
+
+def kill_where_something_is_written():
+    while not any(path.is_file() for path in Path(sys.argv[1]).rglob("*")):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+tensors = {"model/a": torch.zeros(30_000_000)}
+threading.Thread(target=kill_where_something_is_written, daemon=True).start()
+save_checkpoint(Path(sys.argv[1]), 20, tensors, {}, 3)
+"""
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_nothing_for_good(tmp_path):
+    """safetensors writes to a file that it names itself."""
+    code = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)]).returncode
+    assert code == -signal.SIGKILL and any(path.is_file() for path in tmp_path.rglob("*"))
+    (tmp_path / "0000000015.safetensors").write_bytes(b"without its JSON")
+    (tmp_path / "mine.safetensors").write_bytes(b"")
+    save_checkpoint(tmp_path, 30, {"model/a": torch.zeros(3)}, {}, 3)
+    names = ["0000000030.json", "0000000030.safetensors", "mine.safetensors"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == names

@@ -120,7 +120,7 @@ def options_of(path):
 
 
 def test_every_bench_that_writes_results_says_where(measure):
-    apart = ("table.py", "densities.py", "translation.py")  # the README, a folder a run, one of its own
+    apart = ("table.py", "translation.py")  # the README, a folder of its own
     scripts = {path.name: options_of(path) for path in BENCH.glob("*.py") if path.name not in apart}
     assert [name for name, options in scripts.items() if options and "--out" not in options] == []
     assert [n for n, options in scripts.items() if "help" not in options.get("--out", ["help"])] == []

@@ -1,6 +1,8 @@
 """The step bench times nothing that does not compute the published update."""
 
+import contextlib
 import copy
+import functools
 import importlib
 import json
 import sys
@@ -175,3 +177,58 @@ def test_a_result_names_every_provider_and_the_machine(step, monkeypatch, tmp_pa
     assert len(found["rows"]) == len(batches) * len(found["best"])
     assert found["torch"] == torch.__version__ and "commit" in found and "provider" not in found
     assert found["refused"] == {}
+
+
+def captured(step, **options):
+    return functools.partial(step.Ours, graphs=True, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"autocast": torch.bfloat16}], ids=["float32", "bf16"])
+def test_a_captured_row_is_held_against_the_eager_one(step, monkeypatch, options):
+    monkeypatch.setattr(graphs, "CudaRecorder", EmulatedRecorder)
+    step.check_update(captured(step, **options), torch.device("cpu"))
+    monkeypatch.setattr(graphs._Repeated, "prepare", lambda *_: None)  # replays draw the numbers of others
+    with pytest.raises(ValueError, match=r"differs by .* from that without graphs, accepted is 5e-02"):
+        step.check_update(captured(step, **options), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("of", ["plain", "ours"])
+def test_a_compiled_row_is_held_against_the_eager_one(step, monkeypatch, of):
+    """With a compiler that compiles nothing, and with one that makes another network."""
+
+    def spoilt(network, **options):
+        network.register_forward_hook(lambda module, inputs, output: output * 0.5)
+
+    make = step.Ours if of == "ours" else step.providers(torch.device("cpu"))["plain"]
+    make = functools.partial(make, compile=True)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, **options: None)
+    step.check_update(make, torch.device("cpu"))
+    monkeypatch.setattr(torch.nn.Module, "compile", spoilt)
+    with pytest.raises(ValueError, match=r"differs by .* from that without compile, accepted is 1e-03"):
+        step.check_update(functools.partial(make), torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_what_the_compiler_makes_is_the_same_update(step):
+    step.check_update(functools.partial(step.Ours, compile=True), torch.device("cpu"))
+
+
+def test_a_row_whose_update_differs_is_not_timed(step, monkeypatch):
+    monkeypatch.setattr(graphs, "CudaRecorder", EmulatedRecorder)
+    monkeypatch.setattr(graphs._Repeated, "prepare", lambda *_: None)
+    model = step.StyleModel(8, start_channels=4, max_channels=8, latent_size=8, mapping_layers=2)
+    makers = {"minimal": step.Ours, "minimal, graphs": captured(step)}
+    timed, refused = step.measure_batch(model, 2, 1, torch.device("cpu"), makers, alone=True)
+    assert timed["seconds"] > 0 and "seconds" not in refused
+    assert refused["refused"].startswith("ValueError: the update differs by")
+
+
+def test_every_row_of_a_gpu_that_is_compiled_or_captured_is_checked(step, monkeypatch):
+    checked = []
+    monkeypatch.setattr(step, "small_model", lambda *_: checked.append(True))
+    for name, make in step.providers(torch.device("cuda")).items():
+        checked.clear()
+        with contextlib.suppress(TypeError):
+            step.check_update(make, torch.device("cuda"))
+        assert bool(checked) == any(how in name for how in ("compiled", "graphs", "overhead")), name

@@ -124,10 +124,19 @@ def _weights_file(weights: str | os.PathLike | None) -> Path:
     path = path / WEIGHTS if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: download {URL} and {where}")
-    # Loading executes what is pickled in the file, so it has to be the file that it says it is.
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith("6726825d"):
-        raise ValueError(
-            f"{path} is not the published file (sha256 {digest[:8]}..., not 6726825d...): download {URL}"
-        )
+    check_published(path, URL)
     return path
+
+
+def check_published(path: Path, url: str) -> None:
+    """Raises ValueError where a file is damaged or another one than that of `url`, whose name ends in the
+    first 8 digits of its SHA-256, as those of PyTorch's do.
+
+    Loading may execute what is pickled in the file, so it has to be the file that it says it is.
+    """
+    wanted = Path(url).stem.rpartition("-")[2]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(wanted):
+        raise ValueError(
+            f"{path} is not the published file (sha256 {digest[:8]}..., not {wanted}...): download {url}"
+        )

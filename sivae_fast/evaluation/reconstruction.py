@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sivae_fast.evaluation.features import check_published
 
 
 def mse(x: Tensor, y: Tensor) -> Tensor:
@@ -59,14 +62,15 @@ def load_lpips(weights: str | os.PathLike | None = None, device="cpu") -> Callab
     """LPIPS (AlexNet, by torchmetrics) as a function of two batches [B, 3, H, W] in [0, 1] -> [B].
 
     weights: the folder that holds `checkpoints/alexnet-owt-7be5be79.pth`, torch's hub folder unless given.
-    Raises ImportError and FileNotFoundError saying what to get and from where; the function raises ValueError
-    for images below `SMALLEST`.
+    Raises ImportError, FileNotFoundError and, for a damaged file, ValueError saying what to get and from
+    where; the function raises ValueError for images below `SMALLEST`.
     """
     folder = str(weights or torch.hub.get_dir())
-    path = os.path.join(folder, "checkpoints", ALEXNET)
-    if not os.path.isfile(path):
-        url = f"https://download.pytorch.org/models/{ALEXNET}"
+    path = Path(folder) / "checkpoints" / ALEXNET
+    url = f"https://download.pytorch.org/models/{ALEXNET}"
+    if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: LPIPS needs AlexNet, download {url} to there")
+    check_published(path, url)
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
     except ImportError as error:

@@ -1,10 +1,13 @@
-"""Averaged weights: the copy of the model that is used after training."""
+"""Averages: of weights over training, for the copy that is used afterwards, and of buffers over ranks."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sivae_fast.contract import Model
@@ -46,3 +49,33 @@ class Average:
     def load(self, state: dict[str, Tensor]) -> None:
         for name, parameter in self._model.named_parameters():
             parameter.copy_(state[name])
+
+
+def own_buffers(model: Model) -> dict[str, Tensor]:
+    """The buffers that follow each rank's own rows: the style average, running statistics."""
+    kept = model.state_dict()
+    return {n: buffer for n, buffer in model.named_buffers() if n in kept and buffer.is_floating_point()}
+
+
+@torch.no_grad()
+def average_buffers(model: Model) -> None:
+    """Makes `own_buffers` their means over ranks: they are linear in the rows, so that this is what one rank
+    would hold of all rows. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    for buffer in own_buffers(model).values():
+        dist.all_reduce(buffer)
+        buffer /= dist.get_world_size()
+
+
+@contextlib.contextmanager
+def averaged_buffers(model: Model) -> Iterator[None]:
+    """Inside, the model has the means over ranks; afterwards each rank has its own again. Collective."""
+    before = [(buffer, buffer.clone()) for buffer in own_buffers(model).values()]
+    average_buffers(model)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

@@ -68,6 +68,10 @@ class TorchEngine:
         """Optimizer steps since the state was cleared."""
         return steps_of(self.optimizer)
 
+    def left_out(self) -> bool:
+        """Whether a step was left out since the state was loaded, for a gradient that was not finite."""
+        return False  # it is made, and the next losses tell
+
     def load_state(self, state: dict[str, dict[str, Tensor]], steps: int) -> None:
         self.clear_state()
         set_steps(self.optimizer, steps)
@@ -97,6 +101,7 @@ class DeepSpeedEngine:
     ):
         deepspeed = _import_deepspeed()
         self.parameters, self.optimizer, self.zero = parameters, optimizer, zero
+        self._left_out_before = 0
         for parameter in parameters.values():  # DeepSpeed flattens weights and cannot keep channels last
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self._engine, *_ = deepspeed.initialize(
@@ -132,7 +137,12 @@ class DeepSpeedEngine:
             for name, parameter in self.parameters.items()
         }
 
+    def left_out(self) -> bool:
+        # ZeRO 1 and 2 only warn: weights stay finite, and a network might never be trained again.
+        return self._engine.skipped_steps > self._left_out_before
+
     def load_state(self, state: dict[str, dict[str, Tensor]], steps: int) -> None:
+        self._left_out_before = self._engine.skipped_steps
         if not self.zero:
             TorchEngine.load_state(self, state, steps)
             return

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sivae_fast.config import Config, ConfigError, load_config
+from sivae_fast.checkpoint import load_newest, run_config
+from sivae_fast.config import Config, ConfigError, make_config
 from sivae_fast.contract import Model
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.growth import Stage
@@ -161,12 +162,20 @@ def _check_passes(config: Config, model: Model) -> None:
 
 
 def _batch_of_run(config: Config):
-    """The batch of the run that is to be resumed; None where there is none."""
+    """The batch of the run that is to be resumed; None where there is none.
+
+    Raises CheckpointError where nothing says it: to find another one would change the run.
+    """
     run = config.run
     folder = Run.to_resume(run.folder, run.name, config.identity(), run.new)
-    if folder is None or not (folder / "config.yaml").is_file():
+    if folder is None:
         return None
-    return load_config(folder / "config.yaml").train.batch
+    advice = "bring it back, or remove it and train.batch=auto takes the batch of the newest checkpoint"
+    there = run_config(folder, advice)
+    if there is None:
+        newest = load_newest(folder / "checkpoints")
+        there = make_config(newest[1]["config"]) if newest else None
+    return there and there.train.batch
 
 
 def _with(config: Config, **train) -> Config:

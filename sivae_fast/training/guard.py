@@ -9,6 +9,7 @@ numbers are taken at position images + skipped, so that what follows depends on 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from statistics import median
 
 from sivae_fast.config import Config
@@ -36,9 +37,12 @@ class Guard:
         self._returns = 0  # to the same checkpoint
         self._ticks: list[dict[str, float]] = []
 
-    def check_finite(self, values: dict[str, float], lod: int, images: int) -> None:
-        """Raises Diverged where one of the means is not finite."""
-        wrong = first_not_finite(values)
+    def check_finite(
+        self, values: dict[str, float], lod: int, images: int, left_out: Sequence[str] = ()
+    ) -> None:
+        """Raises Diverged where one of the means is not finite, or the gradient of a side whose step was left
+        out for that."""
+        wrong = first_not_finite(values) or (f"the gradient of the {left_out[0]}" if left_out else None)
         if wrong:
             raise Diverged(self._advice(f"{wrong} is not finite", values, lod, images))
 
@@ -56,9 +60,11 @@ class Guard:
         """Errors of another resolution are of another size."""
         self._ticks = []
 
-    def saved(self) -> None:
-        """A checkpoint was written: the next trouble has its own returns."""
-        self._returns = 0
+    def saved(self, images: int, planned: bool) -> None:
+        """A checkpoint was written: the next trouble has its own returns to it where it was planned."""
+        self.checkpoint = images
+        if planned:
+            self._returns = 0
 
     def may_return(self) -> bool:
         """Counts one return; False where `guard.rollbacks` of them did not help."""

@@ -189,9 +189,10 @@ class Trainer(Iteration):
             self.objective.beta_neg = stage.beta_neg
 
     def read_meter(self) -> dict[str, float]:
-        """Means of the tick so far; raises Diverged where one is not finite. A collective call."""
+        """Means of the tick so far; raises Diverged where one, or a gradient, is not finite. Collective."""
         values = means(self.meter.totals())
-        self.guard.check_finite(values, self.lod, self.images)
+        left_out = [side for side, engine in self.engines.items() if engine.left_out()]
+        self.guard.check_finite(values, self.lod, self.images, left_out)
         return values
 
     def checkpoint(self, planned: bool) -> tuple[dict[str, Tensor], dict]:

@@ -6,18 +6,25 @@ import contextlib
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from sivae_fast.checkpoint import CheckpointError, run_config, save_checkpoint, save_snapshot
+from sivae_fast.checkpoint import (
+    CheckpointError,
+    remove_after,
+    run_config,
+    save_checkpoint,
+    save_snapshot,
+)
 from sivae_fast.config import Config
 from sivae_fast.progress import Progress
 from sivae_fast.run import Run, read_metrics
 from sivae_fast.systems import save_picture
-from sivae_fast.training.agreement import check_parameters, on_all_ranks
+from sivae_fast.training.agreement import check_parameters, everywhere, on_all_ranks
+from sivae_fast.training.averaging import averaged_buffers
 from sivae_fast.training.evaluator import Evaluator, is_best
 
 logger = logging.getLogger("sivae_fast")
@@ -53,21 +60,41 @@ class Recorder:
         self._progress: Progress | None = None
         self._tick_images = 0
         self._unsaved: OSError | None = None
+        self._left_from: int | None = None  # images beyond which checkpoints are of a course that was left
 
     def start(self) -> None:
         """The first tick's pictures, or after a checkpoint was restored: drops what lies beyond it."""
         trainer = self._trainer
-        self._tick_images = trainer.images
-        for kind, every in self._every.items():  # an interval that the run did not have when it was saved
-            self.marks.setdefault(kind, (trainer.images // every + 1) * every)
+        self._begin()
         if self._run is None:
             return
-        self._progress = Progress(trainer.config.train.images, trainer.images)
         self._run.truncate_after(trainer.images)
         trainer.data.fixed(1)  # fails here rather than hours later
         if trainer.images == 0:
             logger.info("run folder %s", self.folder)
             self._save_samples()
+
+    def went_back(self) -> None:
+        """After training returned to a checkpoint: drops what is of the course that was left, else a later
+        start would go on from there. What a full disk keeps is dropped before more of its kind is written."""
+        self._begin()
+        if self._run is None:
+            return
+        self._left_from = self._trainer.images
+        with self._going_on("removal of later checkpoints"):
+            self._remove_left()
+        with self._going_on("removal of later statistics"):
+            self._run.truncate_after(self._trainer.images)
+
+    def _begin(self) -> None:
+        """The clocks of this part of the run."""
+        trainer = self._trainer
+        self._tick_images = trainer.images
+        for kind, every in self._every.items():  # new or shorter than when the run was saved: from now on
+            mark = (trainer.images // every + 1) * every
+            self.marks[kind] = min(self.marks.get(kind, mark), mark)
+        if self._run:
+            self._progress = Progress(trainer.config.train.images, trainer.images)
 
     def after_iteration(self, stopped: bool) -> None:
         """Writes whatever is due; `stopped` makes a checkpoint due. Collective where something is.
@@ -86,14 +113,12 @@ class Recorder:
             self._write_tick(evaluate="evaluate" in due or finished)
         elif self._progress and self._progress.due():  # else each iteration would spend 0.1 ms on the memory
             self._show(tick=False)
-        if self._run and ("samples" in due or finished):
-            with self._going_on("pictures"):
-                self._save_samples()
+        if "samples" in due or finished:
+            self._write("pictures", self._save_samples)
         if "checkpoint" in due or finished or stopped:
             self._save_checkpoint(planned="checkpoint" in due)
-        if self._run and ("snapshot" in due or finished):
-            with self._going_on("snapshot"):
-                self._save_snapshot()
+        if "snapshot" in due or finished:
+            self._write("snapshot", self._save_snapshot)
         if finished or stopped:
             # Together, since launchers end the rank that saves where others have ended before it.
             on_all_ranks(self._check_saved)
@@ -151,12 +176,14 @@ class Recorder:
         """Metric files and log; returns the values as a tick has them. Collective."""
         trainer, started = self._trainer, time.perf_counter()
         weights = "averaged" if trainer.average else "raw"
-        records = self._evaluator.measure(self._model(), trainer.stage, trainer.images, weights)
+        with averaged_buffers(trainer.model):
+            records = self._evaluator.measure(self._model(), trainer.stage, trainer.images, weights)
+            seconds = time.perf_counter() - started
+            if self._run:
+                with self._going_on("best snapshot"):
+                    self._keep_best(records)
         if self._run is None:
             return {}
-        seconds = time.perf_counter() - started
-        with self._going_on("best snapshot"):
-            self._keep_best(records)
         for name, record in records.items():
             with self._going_on(name):
                 self._run.metric(name, record)
@@ -188,16 +215,22 @@ class Recorder:
         trainer = self._trainer
         trainer.read_meter()  # never saves weights that have diverged
         tensors, state = trainer.checkpoint(planned)
-        if planned:
-            trainer.guard.saved()
+        self._unsaved = None
         try:
             if self._run:
+                self._remove_left()
                 save_checkpoint(self.checkpoints, trainer.images, tensors, state, trainer.config.run.keep)
-            trainer.guard.checkpoint, self._unsaved = trainer.images, None
         except OSError as error:
             self._unsaved, before = error, trainer.guard.checkpoint
             kept = "there is none before" if before is None else f"the one at {before} images is whole"
             logger.error("checkpoint at %s images not saved: %s; %s", trainer.images, error, kept)
+        if everywhere(self._unsaved is None):  # all ranks count returns to the same checkpoint
+            trainer.guard.saved(trainer.images, planned)
+
+    def _remove_left(self) -> None:
+        if self._left_from is not None:
+            remove_after(self.checkpoints, self._left_from)
+            self._left_from = None
 
     def _check_saved(self) -> None:
         if self._unsaved:
@@ -219,6 +252,12 @@ class Recorder:
         path = path or self.folder / "snapshots" / f"{trainer.images:010d}.safetensors"
         weights = "averaged" if trainer.average else "raw"
         save_snapshot(path, self._model(), trainer.config, trainer.images, weights=weights)
+
+    def _write(self, what: str, save: Callable[[], None]) -> None:
+        """save() on rank 0, with what the model has of all ranks. Collective."""
+        with averaged_buffers(self._trainer.model), self._going_on(what):
+            if self._run:
+                save()
 
     @contextlib.contextmanager
     def _going_on(self, what: str) -> Iterator[None]:

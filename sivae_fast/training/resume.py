@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sivae_fast.checkpoint import load_newest, load_weights, part, remove_after
+from sivae_fast.checkpoint import load_newest, load_weights, part
 from sivae_fast.training.agreement import check_parameters, on_all_ranks
+from sivae_fast.training.averaging import average_buffers, own_buffers
 from sivae_fast.training.guard import Diverged
 
 logger = logging.getLogger("sivae_fast")
@@ -24,7 +25,8 @@ def state_of(trainer, planned: bool) -> tuple[dict[str, Tensor], dict]:
     """
     check_parameters(trainer.model)
     tensors = {} if planned else _of_each_rank(trainer.model)
-    tensors |= {f"model/{name}": value for name, value in _rank_means(trainer.model).items()}
+    average_buffers(trainer.model)
+    tensors |= {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
     if trainer.average:
         tensors |= {f"average/{name}": value for name, value in trainer.average.state().items()}
     steps = {}
@@ -112,8 +114,6 @@ def go_back(trainer, error: Diverged) -> None:
     reached, end = trainer.images, trainer.position
     if not trainer.guard.may_return() or not (restore(trainer, planned=True) or restore(trainer)):
         raise error
-    if trainer.rank == 0:  # else a later start would go on from where this course diverged
-        remove_after(trainer.recorder.checkpoints, trainer.images)
     trainer.guard.skipped = end - trainer.images
     trainer.step_seconds = trainer.data_seconds = 0.0
     logger.warning(
@@ -122,36 +122,19 @@ def go_back(trainer, error: Diverged) -> None:
         f"{reached:,}",
         f"{trainer.images:,}",
     )
-    trainer.recorder.start()
+    trainer.recorder.went_back()
 
 
 def _of_each_rank(model) -> dict[str, Tensor]:
     """The floating-point buffers as `rank{r}/{name}`; {} with one rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return {}
-    found, kept = {}, model.state_dict()
-    for name, buffer in model.named_buffers():
-        if name in kept and buffer.is_floating_point():
-            values = [torch.empty_like(buffer) for _ in range(dist.get_world_size())]
-            dist.all_gather(values, buffer.contiguous())
-            found |= {f"rank{rank}/{name}": value for rank, value in enumerate(values)}
+    found = {}
+    for name, buffer in own_buffers(model).items():
+        values = [torch.empty_like(buffer) for _ in range(dist.get_world_size())]
+        dist.all_gather(values, buffer.contiguous())
+        found |= {f"rank{rank}/{name}": value for rank, value in enumerate(values)}
     return found
-
-
-def _rank_means(model) -> dict[str, Tensor]:
-    """The state dict with floating-point buffers averaged over ranks.
-
-    Parameters are equal on all ranks. Buffers that follow each rank's own rows (the style average, running
-    statistics) are linear in them, so that the mean over ranks is what one rank would hold.
-    """
-    state = dict(model.state_dict())
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in state and buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= dist.get_world_size()
-    return state
 
 
 def _from_first_rank(found, world: int):

@@ -12,7 +12,13 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from sivae_fast.evaluation import features, fid
-from sivae_fast.evaluation.features import WEIGHTS, RandomNetwork, load_features, prepared
+from sivae_fast.evaluation.features import (
+    WEIGHTS,
+    RandomNetwork,
+    check_published,
+    load_features,
+    prepared,
+)
 from sivae_fast.evaluation.fid import (
     METRICS,
     Moments,
@@ -176,6 +182,14 @@ def test_missing_and_wrong_inception_weights_say_where_to_get_them(tmp_path):
         load_features("inception", tmp_path)
     with pytest.raises(ValueError, match="must be one of inception, inception-train, random"):
         load_features("vgg")
+
+
+def test_a_downloaded_file_is_held_against_the_digits_in_its_name(tmp_path):
+    path = tmp_path / "of any name"
+    path.write_bytes(b"abc")  # whose SHA-256 is in the standard: ba7816bf...
+    check_published(path, "https://somewhere/alexnet-owt-ba7816bf.pth")
+    with pytest.raises(ValueError, match=r"any name is not .* \(sha256 ba7816bf\.\.\., not 7be5be79\.\.\.\)"):
+        check_published(path, "https://somewhere/alexnet-owt-7be5be79.pth")
 
 
 def test_images_are_prepared_as_published_fids_prepare_them():

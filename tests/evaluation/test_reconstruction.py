@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sivae_fast.evaluation import reconstruction
 from sivae_fast.evaluation.reconstruction import ALEXNET, load_lpips, mse, psnr, ssim
 
 
@@ -51,9 +52,25 @@ def test_missing_lpips_weights_say_where_to_get_them(tmp_path):
         load_lpips(tmp_path)
 
 
+def alexnet(folder):
+    """A file of the name of AlexNet's weights, with other content."""
+    path = folder / "checkpoints" / ALEXNET
+    path.parent.mkdir()
+    path.write_bytes(b"half of it")
+    return path
+
+
+def test_damaged_lpips_weights_are_refused(tmp_path):
+    path = alexnet(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"{path} is not the published file .*, not 7be5be79\.\.\.\): download"
+    ):
+        load_lpips(tmp_path)
+
+
 def test_missing_lpips_package_is_named(tmp_path, monkeypatch):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / ALEXNET).touch()
+    alexnet(tmp_path)
+    monkeypatch.setattr(reconstruction, "check_published", lambda path, url: None)
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
     with pytest.raises(ImportError, match=r"needs torchmetrics and torchvision .*'sivae-fast\[eval\]'"):
         load_lpips(tmp_path)
@@ -71,8 +88,8 @@ class AlexNet(nn.Module):
 
 
 def test_lpips_refuses_images_of_which_its_layers_leave_nothing(tmp_path, monkeypatch):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / ALEXNET).touch()
+    alexnet(tmp_path)
+    monkeypatch.setattr(reconstruction, "check_published", lambda path, url: None)
     package = types.SimpleNamespace(
         LearnedPerceptualImagePatchSimilarity=lambda name: types.SimpleNamespace(net=AlexNet())
     )

@@ -1,15 +1,19 @@
 """N ranks at the same global batch reach the parameters of one rank, under every engine."""
 
+import os
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from sivae_fast.checkpoint import load_newest, part
 from sivae_fast.models.residual import ResidualModel
 from sivae_fast.training.averaging import Average
 from sivae_fast.training.resume import share_first_weights
+from tests.training.conftest import ROOT, environment
 from tests.training.test_reduction import of_two_ranks
 
 #: Largest |difference| / |update| over the parameters of a network after 5 iterations; it comes from the
@@ -109,3 +113,63 @@ def test_all_ranks_begin_with_the_weights_of_the_first():
     (_, *first), (apart, *second) = of_two_ranks(other_weights)
     assert apart > 10
     assert first == second == [0, 0]
+
+
+def test_a_snapshot_has_the_buffers_of_all_ranks(launch):
+    """The style average as a checkpoint of that moment has it; and no trace of it in what is trained then."""
+    settings = {"ranks": 2, "train__images": 48, "train__warmup_images": 0}
+    launch(run__name="snapshot", run__snapshot=32, **settings)
+    launch(run__name="checkpoint", run__checkpoint=32, run__snapshot=1000, **settings)
+    launch(run__name="neither", run__snapshot=1000, **settings)
+    runs = {path.name.partition("-")[2]: path for path in (launch.folder / "runs").iterdir()}
+    name = "0000000032.safetensors"
+    found = load_file(runs["snapshot"] / "snapshots" / name)["dlatent_avg"]
+    wanted = load_file(runs["checkpoint"] / "checkpoints" / name)["model/dlatent_avg"]
+    assert wanted.any() and torch.equal(found, wanted)
+    (one, _), (other, _) = (load_newest(runs[name] / "checkpoints") for name in ("snapshot", "neither"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+OVERFLOWING = """
+import os, sys
+from sivae_fast.config import load_config
+from sivae_fast.training.loop import Trainer, train
+
+iterate, until = Trainer.iterate, int(os.environ["UNTIL"])
+
+def overflowing(trainer, *given):
+    weight = trainer.model.encoder.blocks[-1].conv_2.weight
+    overflows = 48 <= trainer.position < until
+    hook = weight.register_hook(lambda gradient: gradient * float("inf")) if overflows else None
+    iterate(trainer, *given)
+    if hook:
+        hook.remove()
+
+Trainer.iterate = overflowing
+train(load_config(sys.argv[1], sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_a_step_that_deepspeed_leaves_out_is_not_passed_over(launch, zero):
+    """The losses stay finite. One return leaves the images at fault out, and ends where there are more."""
+    program = launch.folder / "overflowing.py"
+    program.write_text(OVERFLOWING)
+    settings = {"engine.kind": "deepspeed", "engine.zero": zero, "run.checkpoint": 32, "guard.rollbacks": 1}
+    command = launch.arguments(2, settings)
+    at = command.index(str(ROOT / "launch" / "train.py"))
+    command[at : at + 1] = [str(program), str(ROOT / "launch" / "configs" / "quickstart.yaml")]
+
+    def done(until: int, name: str) -> subprocess.CompletedProcess:
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        where = {**environment(), "PYTHONPATH": path, "UNTIL": str(until)}
+        named = [*command, f"run.name={name}"]
+        return subprocess.run(
+            named, env=where, cwd=launch.folder, capture_output=True, text=True, timeout=300
+        )
+
+    always, once = done(10**6, "always"), done(64, "once")
+    assert always.returncode and "the gradient of the encoder is not finite at level" in always.stderr
+    assert once.returncode == 0, once.stderr[-3000:]
+    (run,) = (launch.folder / "runs").glob("*-once")
+    assert "Went back from 64 to 32 images" in (run / "log.txt").read_text()

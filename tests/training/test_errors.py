@@ -51,6 +51,7 @@ def test_every_shipped_config_is_valid(path):
         ("objective.beta_rec=.nan", "objective.beta_rec=nan: input should be"),
         ("train.fresh_draws=true", "train.fresh_draws=true needs train.schedule=published"),
         ("train.batch", "overrides are written section.key=value"),
+        ("train.=3", "'train.=3': overrides are written section.key=value"),
     ],
 )
 def test_wrong_settings_name_the_key_and_what_is_accepted(override, message):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from bench.fault_scenarios import ELASTIC, PROGRAM, SCENARIOS, SETTINGS, Bench, Launch, assert_same
 from bench.soak import soak
-from sivae_fast import files
+from sivae_fast import checkpoint, files, run
 from sivae_fast.checkpoint import CheckpointError, load_checkpoint, load_newest
 from sivae_fast.config import load_config, make_config
 from sivae_fast.data.archive import ImageSet
@@ -169,6 +169,50 @@ def test_a_checkpoint_from_before_a_return_is_not_gone_on_from(training, spoilt,
     assert sorted(path.stem for path in parts.glob("checkpoints/*.json")) == ["0000000064", "0000000080"]
     monkeypatch.setattr(Trainer, "_advance", advance)
     assert_same(whole, training("parts", **settings))
+
+
+def test_a_full_disk_does_not_end_a_rollback(training, spoilt, monkeypatch, caplog):
+    """What is of the course that was left goes before the next line and the next checkpoint are written."""
+    spoilt(112, float("nan"))
+    settings = {"guard__rollbacks": 1, "run__checkpoint": 64, "run__keep": 10}
+    whole = training("whole", **settings)
+    training("parts", train__images=96, **settings)
+    refused = []
+
+    def once(owner, name, concerned):
+        work = getattr(owner, name)
+
+        def full(path, *more):
+            if name not in refused and concerned(path, *more):
+                refused.append(name)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return work(path, *more)
+
+        monkeypatch.setattr(owner, name, full)
+
+    once(run, "keep_lines", lambda path, images: images == 64)
+    once(checkpoint, "_remove", lambda path: True)
+    parts = training("parts", **settings)
+    assert refused == ["_remove", "keep_lines"]
+    assert "removal of later statistics at 64 images not written" in caplog.text
+    assert_same(whole, parts)
+    assert sorted(int(path.stem) for path in parts.glob("checkpoints/*.json")) == [64, 128, 160]
+
+
+def test_a_checkpoint_that_was_not_saved_has_no_returns_of_its_own(training, spoilt, monkeypatch):
+    """Else a run whose disk is full would go back to the one before for ever."""
+    save = recorder.save_checkpoint
+
+    def full(folder, images, *more):
+        if images > 64:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(folder, images, *more)
+
+    for at in (96, 144):  # right after the checkpoints at 96 images, before and after the return to 64
+        spoilt(at, float("nan"))
+    monkeypatch.setattr(recorder, "save_checkpoint", full)
+    with pytest.raises(Diverged, match="The checkpoint at 64 images is from before"):
+        training("full", guard__rollbacks=1)
 
 
 def test_as_many_rollbacks_as_allowed_then_advice(training, spoilt):
@@ -362,10 +406,17 @@ def test_a_line_that_does_not_fit_leaves_no_part_of_it(tmp_path, monkeypatch):
 
 
 def test_what_a_kill_left_half_written_is_removed(training):
-    folder = training("run", train__images=32) / "checkpoints"
-    (folder / ".0000000048.safetensors.77.tmp").write_bytes(b"half")
-    training("run", train__images=64)
-    assert not list(folder.glob(".*"))
+    """By the next start, and nothing that another command may be writing."""
+    folder = training("run", train__images=32)
+    left = ["checkpoints/.0000000048.safetensors.77.tmp", "snapshots/.0000000048.safetensors.77.tmp"]
+    left += [".config.yaml.77.tmp", ".metric-fid.jsonl.77.tmp", "samples/.0000000048.png.77.tmp"]
+    kept = [".README.md.77.tmp", ".model.safetensors.77.tmp", "samples/.mine.png.77.tmp"]
+    for name in (*left, *kept):
+        (folder / name).write_bytes(b"half")
+    (folder / ".best-fid.safetensors.77.tmp").mkdir()
+    (folder / ".best-fid.safetensors.77.tmp" / ".tmpAbC123").write_bytes(b"half")
+    training("run", train__images=32)
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob(".*.tmp")) == sorted(kept)
 
 
 def test_checkpoints_hold_nothing_of_this_machine(training, image_folder, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from sivae_fast.checkpoint import load_newest
+from sivae_fast.checkpoint import CheckpointError, load_newest
 from sivae_fast.config import ConfigError, load_config, make_config
 from sivae_fast.run import read_stats
 from sivae_fast.training import fitting, memory
@@ -104,6 +104,22 @@ def test_resumed_run_keeps_its_batch_where_memory_differs(residual, monkeypatch)
     assert train(residual("parts", batch="auto")) == first
     assert passes == [8, 8]  # nothing was tried
     assert_same(whole, first)
+
+
+def test_a_damaged_configuration_of_the_run_is_named_and_removed_costs_nothing(residual, monkeypatch):
+    """The error is not about the file of --config; without the file, the checkpoint knows the batch."""
+    fill(monkeypatch, 8 * 192)
+    run = train(residual("run", batch="auto", images=16))
+    monkeypatch.undo()
+    passes = fill(monkeypatch, 10_000)
+    for content, why in ((b"", "it is empty"), (b"train: {batch: 8", r"not valid YAML: .*")):
+        (run / "config.yaml").write_bytes(content)
+        said = rf"^{run}/config\.yaml, the configuration of this run, cannot be used \({why}\): bring it back"
+        with pytest.raises(CheckpointError, match=said):
+            train(residual("run", batch="auto"))
+    (run / "config.yaml").unlink()
+    assert train(residual("run", batch="auto")) == run
+    assert batch_of(run) == 8 and passes == [8, 8]
 
 
 def test_libraries_say_in_their_own_words_that_memory_is_missing(residual, monkeypatch):

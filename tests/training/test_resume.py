@@ -88,8 +88,9 @@ def test_kill_loses_nothing_older_than_the_last_checkpoint(launch):
 
 def test_resume_on_another_number_of_ranks_and_engine(launch):
     launch(run__name="whole", average__half_life=50)
-    launch(run__name="moved", train__images=48, average__half_life=50, ranks=2, engine__kind="deepspeed",
-           engine__zero=1)  # fmt: skip
+    done = launch(run__name="moved", train__images=48, average__half_life=50, ranks=2,
+                  engine__kind="deepspeed", engine__zero=1)  # fmt: skip
+    assert "FutureWarning" not in done.stderr  # of what DeepSpeed calls
     launch(run__name="moved", average__half_life=50)
     (whole, _), (moved, state) = newest(launch.folder, "whole"), newest(launch.folder, "moved")
     assert state["images"] == 80
@@ -164,6 +165,15 @@ def test_finished_run_says_so(launch):
     assert len(list((launch.folder / "runs").iterdir())) == 1
     launch(run__name="run", run__new="true")
     assert len(list((launch.folder / "runs").iterdir())) == 2
+
+
+def test_a_shorter_interval_holds_from_the_resume_on(launch):
+    launch(run__name="run", train__images=32)
+    launch(run__name="run", run__checkpoint=16, run__samples=16)
+    (run,) = (launch.folder / "runs").iterdir()
+    for part in ("samples", "checkpoints"):
+        written = sorted({path.stem for path in (run / part).iterdir()})
+        assert written[-3:] == ["0000000048", "0000000064", "0000000080"], part
 
 
 def test_an_unfinished_tick_goes_on_with_the_sums_of_each_rank():
