@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sivae_fast").setLevel(logging.INFO)  # and of other packages only the warnings
+    # What DeepSpeed calls in PyTorch, once a rank: nothing that who trains could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")
     try:
         return run(options)
     except ModuleNotFoundError as error:

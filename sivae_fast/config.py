@@ -365,7 +365,7 @@ def _with_kinds(values: dict) -> dict:
 
 def _apply(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"argument {override!r}: overrides are written section.key=value")
     *sections, last = key.split(".")
     place = values

@@ -12,13 +12,14 @@ class Progress:
     """Shows images, images/s, step and data time, memory and time left of a run of `goal` images.
 
     `start` is the image counter the run begins at. On a terminal `show` rewrites one line at most every
-    `interval` seconds; elsewhere it prints only when `tick` is true.
+    `interval` seconds, with the note of the last tick and without what is too long for it; elsewhere it
+    prints only when `tick` is true.
     """
 
     def __init__(self, goal: int, start: int = 0, stream: TextIO | None = None, interval: float = 0.2):
         self.goal, self.stream, self.interval = goal, stream or sys.stderr, interval
         self.terminal = self.stream.isatty()
-        self._images, self._rate = start, None
+        self._images, self._rate, self._note = start, None, ""
         self._then = time.perf_counter()
         self._shown = float("-inf")
         self._open_line = False
@@ -40,11 +41,13 @@ class Progress:
         if not tick and not self.due():
             return
         now = time.perf_counter()
-        text = self.text(images, self._update_rate(images, now), step_seconds, data_seconds, memory, note)
+        self._note = note or self._note
+        rate = self._update_rate(images, now)
+        text = self.text(images, rate, step_seconds, data_seconds, memory, self._note)
         self._shown = now
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
-            self.stream.write("\r\x1b[2K" + text[:width])
+            self.stream.write("\r\x1b[2K" + _shortened(text, width))
             self._open_line = True
         else:
             self.stream.write(text + "\n")
@@ -59,10 +62,10 @@ class Progress:
             f"{images:,}/{self.goal:,} images",
             f"{min(100 * images / max(self.goal, 1), 100):.0f}%",  # the last batch may go beyond the goal
             f"{rate:.1f} images/s",
+            f"{left} left",
             f"step {1e3 * step_seconds:.0f} ms",
             f"data {1e3 * data_seconds:.0f} ms",
             f"memory {memory / 2**30:.1f} GiB",
-            f"{left} left",
         ]
         return "  ".join(parts + [note] * bool(note))
 
@@ -85,6 +88,11 @@ class Progress:
             self._rate = rate if self._rate is None else self._rate + weight * (rate - self._rate)
             self._then, self._images = now, images
         return self._rate or 0.0
+
+
+def _shortened(text: str, width: int) -> str:
+    """As many whole parts of a line as fit; half a number would be another one."""
+    return text if len(text) <= width else text[: width + 2].rpartition("  ")[0]
 
 
 def duration(seconds: float) -> str:

@@ -37,6 +37,21 @@ def test_a_terminal_line_is_rewritten_not_too_often_and_ended():
     assert stream.getvalue().count("\n") == 1
 
 
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_terminal_line_ends_with_a_whole_part_and_keeps_the_last_tick(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    progress = Progress(18_000_000, 10_000_000, stream=stream, interval=0)
+    progress.show(10_200_000, 0.05, 0.01, 2**30, "level 2  kl_real 0.5183", tick=True)
+    progress.show(10_200_032, 0.05, 0.01, 2**30)
+    line = stream.getvalue().rpartition("\x1b[2K")[2]
+    whole = progress.text(10_200_032, progress._rate, 0.05, 0.01, 2**30, "level 2  kl_real 0.5183")
+    assert whole.startswith(line) and (whole + "  ")[len(line) :].startswith("  ")
+    assert len(line) < columns
+    assert columns < 80 or " left" in line
+    assert columns < 200 or line.endswith("level 2  kl_real 0.5183")
+
+
 def test_a_line_is_due_on_a_terminal_after_the_interval():
     progress, often = (
         Progress(1000, stream=Terminal(), interval=60),
