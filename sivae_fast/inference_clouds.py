@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sivae_fast.contract import check_count
 from sivae_fast.data.ply import read_ply
-from sivae_fast.data.pointclouds import finite, load_clouds, resampled
+from sivae_fast.data.pointclouds import finite, load_clouds, open_array, resampled
 from sivae_fast.trained import CALIBRATION, Trained
 
 
@@ -103,24 +103,17 @@ def _read(path: Path) -> list[tuple[str, np.ndarray]]:
     """(where it is from, the cloud) of every cloud in a file or folder."""
     if path.is_dir():
         shown = [file for file in path.iterdir() if not file.name.startswith(".")]
-        files = sorted(file for file in shown if file.suffix in (".ply", ".npy"))
+        files = sorted(file for file in shown if file.suffix.lower() in (".ply", ".npy"))
         if not files:
             raise ValueError(f"{path} cannot be used: there are no .ply files and no .npy arrays in it")
         return [cloud for file in files for cloud in _read(file)]
     if not path.is_file():
         raise ValueError(f"{path} cannot be used: it does not exist")
-    if path.suffix == ".ply":
+    if path.suffix.lower() == ".ply":
         return [(str(path), read_ply(path))]
-    if path.suffix != ".npy":
+    if path.suffix.lower() != ".npy":
         raise ValueError(f"{path} cannot be used: accepted are .ply files and .npy arrays")
-    try:
-        clouds = np.lib.format.open_memmap(path, mode="r")  # np.load tells how to unpickle other files
-        if clouds.dtype.kind not in "iuf":
-            raise ValueError(f"it holds {clouds.dtype}")
-    except OSError:
-        raise
-    except Exception as error:  # damaged headers raise anything
-        raise ValueError(f"{path}: not a .npy array of numbers: {error}") from error
+    clouds = open_array(path)
     if clouds.ndim not in (2, 3) or clouds.shape[-1] != 3:
         raise ValueError(f"{path} holds {list(clouds.shape)}: accepted are [points, 3] and [n, points, 3]")
     if clouds.ndim == 2:

@@ -141,15 +141,21 @@ def _read_made(path, split: str, classes: tuple[str, ...], points: int) -> Group
     ], names
 
 
-def _read_npy(path, split: str, classes: tuple[str, ...], points: int) -> Groups:
+def open_array(path: str | os.PathLike) -> np.ndarray:
+    """The numbers of a .npy file, read where they are used. OSError; ValueError for what is no such file."""
     try:
-        clouds = np.lib.format.open_memmap(path, mode="r")  # np.load tells how to unpickle other files
-        if clouds.dtype.kind not in "iuf":
-            raise ValueError(f"it holds {clouds.dtype}")
+        array = np.lib.format.open_memmap(path, mode="r")  # np.load tells how to unpickle other files
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"it holds {array.dtype}")
     except OSError:
         raise
     except Exception as error:  # damaged headers raise anything
         raise ValueError(f"{path}: not a .npy array of numbers: {error}") from error
+    return array
+
+
+def _read_npy(path, split: str, classes: tuple[str, ...], points: int) -> Groups:
+    clouds = open_array(path)
     if clouds.ndim != 3 or clouds.shape[2] != 3:
         raise ValueError(f"{path} holds {list(clouds.shape)}: accepted is [n, points, 3]")
     names = (Path(path).stem,)

@@ -1,6 +1,7 @@
 """Point cloud models: what the commands measure and write, beside the functions that they stand on."""
 
 import json
+import shutil
 import statistics
 import sys
 
@@ -168,6 +169,10 @@ def test_reconstructions_of_test_clouds_and_of_files(run, runs, tmp_path, capsys
     np.save(tmp_path / "c.npy", test_clouds[3].numpy())
     files = [tmp_path / name for name in ("a.ply", "b.npy", "c.npy")]
     assert torch.equal(run.read(files), test_clouds[:4])
+    (tmp_path / "upper").mkdir()
+    for file in files:
+        shutil.copy(file, tmp_path / "upper" / file.name.upper())
+    assert torch.equal(run.read([tmp_path / "upper"]), test_clouds[:4])
     assert call(capsys, "reconstruct", runs.clouds, *files, "--out", tmp_path / "r.png")[0] == 0
     assert Image.open(tmp_path / "r.png").size == (4 * 194 + 2, 2 * 194 + 2)
     assert call(capsys, "reconstruct", runs.clouds, files[0], "--out", tmp_path / "one.ply")[0] == 0
