@@ -281,8 +281,11 @@ def test_other_batches_and_larger_maps_take_the_same_kernels(compiled):
     assert len(launches) == 12 and len({(name, artifact.hash) for name, artifact in launches}) == 4
 
 
+FEW = {name: CHAINS[name] for name in ("64 at 256x256", "96 at 37x41", "one sample of 512 at 4x4")}
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("shape", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize("shape", FEW.values(), ids=FEW)
 def test_blur(compiled, shape, dtype):
     x = torch.zeros(shape, dtype=DTYPES[dtype]).contiguous(memory_format=torch.channels_last)
     within_budget(compiled(lambda: _blur_triton.blur(x, 4.0)), ("blur_kernel",))
@@ -306,7 +309,7 @@ def rgb_launches(dtype, shape, colors=3):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("shape", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize("shape", FEW.values(), ids=FEW)
 def test_between_images_and_features(compiled, shape, dtype):
     target, launches = compiled(lambda: rgb_launches(DTYPES[dtype], shape))
     if target != "gfx942":  # scalar registers spill there
