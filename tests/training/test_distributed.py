@@ -150,7 +150,7 @@ train(load_config(sys.argv[1], sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_that_deepspeed_leaves_out_is_not_passed_over(launch, zero):
     """The losses stay finite. One return leaves the images at fault out, and ends where there are more."""
     program = launch.folder / "overflowing.py"

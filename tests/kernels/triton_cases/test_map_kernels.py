@@ -55,7 +55,7 @@ def agrees(run, inputs, wrt=None):
 
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 5), (2, 5, 7, 3), (1, 16, 9, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 5), (2, 5, 7, 3), (1, 4, 9, 8)], ids=str)
 def test_blur(device, shape, dtype, form):
     inputs = tensors(shape, dtype=dtype, device=device, form=form)
     y, (gradient,) = agrees(lambda x: blur(x, 4.0), inputs)
