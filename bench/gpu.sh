@@ -10,7 +10,7 @@
 #
 # All of it takes about an hour, step most of that. Where the machine is lent for less: PART_SECONDS ends a part that
 # takes longer, LOSSES ("--batches 16 64 --sizes image256 image32") and CHAINS ("--only encoder blur --sides 256 64")
-# choose cases.
+# choose cases, ROWS ("plain;plain, compiled, bf16;minimal, bf16, graphs") rows of step.
 #
 # A bench writes its results after every case, and each part that ended has a line in RESULTS/parts.txt: what is
 # there stays whole where the machine is taken away in between.
@@ -49,8 +49,11 @@ run tests "${pytest[@]}" --continue-on-collection-errors "${files[@]}" tests/ker
 SIVAE_STRESS=${SIVAE_STRESS:-20000} run stress "${pytest[@]}" tests/kernels/test_gpu.py -k stress
 run losses python3 bench/losses.py ${LOSSES:-} --out "$out"
 run chains python3 bench/chains.py ${CHAINS:-} --out "$out"
+# ROWS: names of rows with a ; between them, since they have spaces and commas.
+rows=()
+[ -z "${ROWS:-}" ] || { IFS=";" read -ra rows <<< "$ROWS" && rows=(--only "${rows[@]}"); }
 run step python3 bench/step.py --resolution "${RESOLUTION:-256}" --batches ${BATCHES:-8 16 32 64} \
-  --out "$out/step-$device.json"
+  "${rows[@]}" --out "$out/step-$device.json"
 run small python3 bench/small.py --out "$out/small-$device.json"
 run profile python3 bench/step_profile.py --config launch/configs/ffhq256.yaml --out "$out" \
   data.path=quickstart data.loader=torch train.precision=bf16 model.resolution="${RESOLUTION:-256}"

@@ -9,7 +9,7 @@ float32 and one bf16 update there to what rounding allows: a precision that miss
 says why, and the exit code is 1. On a GPU there are also bf16, compiled and captured versions; the last two
 are held against the same without compiling or capturing, and have a row that says `refused` where they
 differ. --batches then tries several batches and each provider counts with its best.
-
+differ. --batches then tries several batches and each provider counts with its best; --only takes some rows.
 All run under the settings of `launch/train.py`: the fastest of cuDNN's algorithms, TF32 convolutions, float32
 matrix products. Beside them "plain, TF32" multiplies matrices in TF32, too, which a user of the plain trainer
 might switch on.
@@ -22,6 +22,7 @@ import copy
 import functools
 import gc
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -141,13 +142,15 @@ def measure(options: argparse.Namespace, device: torch.device, refused: Collecti
     torch.manual_seed(0)
     model = StyleModel(options.resolution, start_channels=options.start_channels).to(device)
     rows, makers = [], providers(device)
-    makers = {name: make for name, make in makers.items() if precision(name) not in refused}
+    chosen = options.only or makers
+    makers = {n: make for n, make in makers.items() if n in chosen and precision(n) not in refused}
+    command = ["python", "bench/step.py", "--resolution", options.resolution, "--batches", *options.batches]
+    command += ["--only", *options.only] if options.only else []
     for batch in options.batches:
         for row in measure_batch(model, batch, options.rounds, device, makers, alone=device.type == "cuda"):
             rows.append(row)
             yield {
-                "command": f"python bench/step.py --resolution {options.resolution} --batches "
-                + " ".join(map(str, options.batches)),
+                "command": shlex.join(map(str, command)),
                 **facts,
                 "clock": "wall, synchronised" if device.type == "cuda" else "processor time",
                 "resolution": options.resolution,
@@ -354,12 +357,17 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--start-channels", type=int, default=64)
     parser.add_argument("--batches", type=int, nargs="+", default=[4])
+    parser.add_argument("--only", nargs="+", metavar="ROW", help='such as plain "minimal, bf16, graphs"')
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="file; without it the result is printed alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = providers(device)
+    for name in options.only or ():
+        if name not in rows:
+            parser.error(f"--only {name}: here are {', '.join(rows)}")
     prepare(device)
     found, refused = differences(device)
     if "float64" in refused:  # then the versions are not the same iteration

@@ -167,6 +167,29 @@ def test_each_provider_starts_with_the_compiler_as_pytorch_has_it(step, monkeypa
     assert found == [True, True]
 
 
+def test_some_rows_alone(step, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "step.json"
+    small = [
+        "--resolution",
+        "8",
+        "--start-channels",
+        "4",
+        "--batches",
+        "2",
+        "--rounds",
+        "1",
+        "--out",
+        str(out),
+    ]
+    main_with(step, monkeypatch, *small, "--only", "plain", "minimal")
+    found = json.loads(out.read_text())
+    assert [row["provider"] for row in found["rows"]] == ["plain", "minimal"]
+    assert found["command"].endswith("--batches 2 --only plain minimal")
+    with pytest.raises(SystemExit):
+        main_with(step, monkeypatch, *small, "--only", "plane")
+    assert "--only plane: here are plain, published schedule" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("batches", [["2"], ["2", "4"]])
 def test_a_result_names_every_provider_and_the_machine(step, monkeypatch, tmp_path, batches):
     out = tmp_path / "step.json"
