@@ -17,7 +17,7 @@ from ._operator import FusedOperator
 
 #: Numbers of a row that a program holds, at a layer and at the edges of the network.
 MOST_WIDTH, MOST_EDGE = 256, 16
-#: Of more rows the products take longer than launches, and PyTorch's are the faster ones.
+#: With more rows the products take longer than launches: they are left to PyTorch.
 MOST_ROWS = 4096
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sivae_fast.contract import Model, Posterior
 from sivae_fast.draws import Stream
+from sivae_fast.kernels._operator import is_wanted
 from sivae_fast.kernels.mlp import mlp
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -122,7 +123,7 @@ class _OneDNN(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, weights = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         nodes = [node for node, _ in ctx.next_functions[1:]]  # of weights and biases; None where frozen
-        trains = any(node is not None and _is_wanted(node) for node in nodes)
+        trains = any(node is not None and is_wanted(node) for node in nodes)
         gradients = [None] * len(ctx.needs_input_grad)
         for i in reversed(range(len(weights))):
             gradient = gradient.to(inputs[i].dtype)
@@ -140,13 +141,3 @@ class _OneDNN(torch.autograd.Function):
 
 def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     return (x.t() @ gradient).t() if x.shape[1] < 16 else gradient.t() @ x
-
-
-def _is_wanted(node) -> bool:
-    """Whether the running backward pass uses what a graph node computes; True where that cannot be told.
-
-    A pass that carries a gradient through the decoder to its latents leaves out the weights' gradients; the
-    operators of PyTorch find that out in the same way.
-    """
-    will_run = getattr(torch._C, "_will_engine_execute_node", None)
-    return will_run is None or will_run(node)
