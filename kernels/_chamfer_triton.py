@@ -82,8 +82,9 @@ def _search(
     least = tl.min(best, 1)
     candidates = tl.where(best == least[:, None], where + lanes[None, :], other_count - 1)
     tl.store(index + rows, tl.min(candidates, 1), inside)
-    # Comparisons drop NaN; adding zero times the coordinates brings a bad point back into the sum.
-    least += 0.0 * (x0 + x1 + x2)
+    # Comparisons drop NaN, which a bad point has to bring into the sum.
+    bad = (x0 != x0) | (x1 != x1) | (x2 != x2)
+    least = tl.where(bad, float("nan"), least)
     tl.store(slot, tl.sum(tl.where(inside, least, 0.0), 0))
 
 

@@ -23,7 +23,8 @@ def chamfer(x: Tensor, y: Tensor, reduction: str = "sum") -> Tensor:
     mean: the same with each sum divided by its number of points         (the metric of MMD and coverage)
 
     x: [B, N, 3] and y: [B, M, 3], fp16, bf16, fp32 or fp64 of one dtype and device; any strides. Returns [B]
-    fp32 (fp64 for fp64), accumulated in that dtype, never negative. A NaN coordinate makes its row NaN.
+    fp32 (fp64 for fp64), accumulated in that dtype, never negative. A NaN coordinate makes its row NaN,
+    an infinite one infinity, or NaN where both clouds have some.
     Ties go to one neighbour, the same one in every run. First derivatives only, to both arguments.
     Raises ValueError for a wrong shape, an empty cloud or an unknown reduction, TypeError for a wrong dtype.
     """

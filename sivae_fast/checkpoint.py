@@ -120,6 +120,17 @@ def save_snapshot(path: Path, model: Model, config: Config, images: int, **facts
     _save_tensors(path, weights, {**metadata, "sha256": _digest_of(weights, metadata)})
 
 
+def snapshot_images(path: Path) -> int | None:
+    """Images that the model of a snapshot has seen, by its header; None where there is none to be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(file.metadata()["images"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None
+
+
 def load(path: str | os.PathLike, averaged: bool = True, device: torch.device | str = "cpu") -> Model:
     """The model of a snapshot, a run folder (its newest checkpoint) or a checkpoint, in eval mode.
 

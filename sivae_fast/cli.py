@@ -171,13 +171,22 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _opened(options: dict):
-    """(the loaded model, the options that are left for the command)."""
-    from sivae_fast.commands.opening import open_run
+def _loaded(options: dict):
+    """The model itself; takes its options out of `options`."""
+    from sivae_fast.checkpoint import load
+    from sivae_fast.trained import pick_device
 
-    path, averaged = options.pop("model"), not options.pop("raw")
-    names = ("device", "precision", "batch", "batch_norm", "data")
-    return open_run(path, averaged=averaged, **{name: options.pop(name) for name in names}), options
+    device = pick_device(options.pop("device"))
+    return load(options.pop("model"), not options.pop("raw"), device)
+
+
+def _opened(options: dict, model=None):
+    """(the model, that of `_loaded` where it is given, ready for use; the options left for the command)."""
+    from sivae_fast.commands.opening import run_of
+
+    model = _loaded(options) if model is None else model
+    names = ("precision", "batch", "batch_norm", "data")
+    return run_of(model, **{name: options.pop(name) for name in names}), options
 
 
 def _pictures(run):
@@ -219,19 +228,14 @@ def _add_noise(command: argparse.ArgumentParser) -> None:
 
 
 def _sample(**options) -> None:
-    if _kind(options["model"]) == "mlp":
-        return print(_density_figure(**options))
-    run, options = _opened(options)
+    model = _loaded(options)
+    if model.config.model.kind == "mlp":
+        return print(_density_figure(model, **options))
+    run, options = _opened(options, model)
     print(_pictures(run).sample(run, **options))
 
 
-def _kind(path: str) -> str:
-    from sivae_fast.checkpoint import load
-
-    return load(path).config.model.kind
-
-
-def _density_figure(model, raw, out, device, precision, batch, batch_norm, data, seed, **others):
+def _density_figure(model, out, precision, batch, batch_norm, data, seed, **others):
     from sivae_fast.commands.densities import check_unused, sample
 
     for name in ("count", "columns"):
@@ -243,7 +247,7 @@ def _density_figure(model, raw, out, device, precision, batch, batch_norm, data,
         if others[name] != usual:
             raise ValueError(f"{name}={others[name]}: this model is of kind mlp, styles need style")
     check_unused(precision=precision, batch=batch, batch_norm=batch_norm)
-    return sample(model, out, averaged=not raw, device=device, data=data, seed=seed)
+    return sample(model, out, data=data, seed=seed)
 
 
 def _add_reconstruct(commands) -> None:

@@ -34,8 +34,7 @@ def check_together(config: Config) -> None:
     _check_kinds(config)
     _check_objective(config)
     _check_training(config)
-    if config.evaluate.every:
-        _check_measures(config)
+    _check_measures(config)
 
 
 def _check_kinds(config: Config) -> None:
@@ -110,16 +109,18 @@ def _check_training(config: Config) -> None:
 
 def _check_measures(config: Config) -> None:
     kind, settings = config.model.kind, config.evaluate
-    if kind not in METRICS:
+    if settings.every and kind not in METRICS:
         raise ValueError(
             f"evaluate.every={settings.every} needs model.kind to be one of {', '.join(METRICS)}, "
             f"got {kind}: null leaves it out"
         )
-    unknown = [name for name in settings.metrics or () if name not in METRICS[kind]]
+    known = METRICS.get(kind, ())
+    unknown = [name for name in settings.metrics or () if name not in known]
     if unknown:
-        raise ValueError(
-            f"evaluate.metrics={', '.join(unknown)}: model.kind={kind} accepts {', '.join(METRICS[kind])}"
-        )
+        accepted = ", ".join(known) or "none"
+        raise ValueError(f"evaluate.metrics={', '.join(unknown)}: model.kind={kind} accepts {accepted}")
+    if not settings.every:
+        return
     with_networks = [name for name in METRICS if "lpips" in METRICS[name]]
     with_features = [name for name in METRICS if "fid" in METRICS[name]]
     for option, kinds in (("features", with_features), ("weights", with_networks)):

@@ -60,6 +60,7 @@ class Model(nn.Module):
     def sample(self, count: int, seed: int = 0) -> Tensor:
         """`count` x_hat of the prior, without style mixing; the same latents for the same seed everywhere."""
         check_count(count)
+        seed = checked_seed(seed)
         z = torch.randn(count, self.latent_size, generator=torch.Generator().manual_seed(seed))
         where = next(self.parameters())
         return self.decode(z.to(where) * self.prior_std, Stream(seed, Rows.all(count), where.device))
@@ -67,20 +68,23 @@ class Model(nn.Module):
     @torch.no_grad()
     def reconstruct(self, x: Tensor, seed: int = 0) -> Tensor:
         """x_hat of the posterior mean of x [B, ...]; `seed` is for decoders that add noise."""
-        return self.decode(self.encode(x).mean, Stream(seed, Rows.all(len(x)), x.device))
+        return self.decode(self.encode(x).mean, Stream(checked_seed(seed), Rows.all(len(x)), x.device))
 
     def check_rows(self, name: str, x: Tensor, *shape: int | str) -> None:
-        """Raises ValueError where x is no tensor [B, *shape] of the model's floats; a letter is any size.
+        """Raises ValueError where x is no tensor [B, *shape] of the model's floats; a word is any size
+        but 0.
 
         Under autocast, floats of every precision pass.
         """
         fits = isinstance(x, Tensor) and x.ndim == 1 + len(shape) and x.is_floating_point()
-        fits = fits and all(isinstance(b, str) or a == b for a, b in zip(x.shape[1:], shape, strict=True))
+        sizes = zip(x.shape[1:], shape, strict=True) if fits else ()
+        fits = fits and all(a > 0 if isinstance(b, str) else a == b for a, b in sizes)
         own = next(self.parameters()).dtype
         if not fits or (x.dtype != own and not torch.is_autocast_enabled(x.device.type)):
             size = ", ".join(map(str, ("B", *shape)))
             kind = str(own).removeprefix("torch.")
-            hint = ": Inference takes bytes" if getattr(x, "dtype", None) == torch.uint8 else ""
+            is_bytes = len(shape) == 3 and getattr(x, "dtype", None) == torch.uint8  # of images
+            hint = ": Inference takes bytes" if is_bytes else ""
             raise ValueError(f"{name} is {described(x)}, must be a {kind} tensor [{size}]{hint}")
 
     def encoder_modules(self) -> Iterable[nn.Module]:
@@ -113,6 +117,13 @@ def check_count(count: int) -> None:
     """Raises ValueError for what is no number of samples."""
     if not isinstance(count, Integral) or count < 1:
         raise ValueError(f"count is {count!r}, must be a whole number, at least 1")
+
+
+def checked_seed(seed: int) -> int:
+    """`seed` as Python has it. Raises ValueError for what torch's generators do not take."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed!r}, must be a whole number from 0 to 2^64 - 1")
+    return int(seed)
 
 
 def described(value: object) -> str:

@@ -15,7 +15,7 @@ from sivae_fast.contract import Model
 from sivae_fast.files import check_folder
 from sivae_fast.models.style_names import swap_layout
 from sivae_fast.published import Published, at_level, read_published
-from sivae_fast.run import Run
+from sivae_fast.run import Run, naming_folder
 from sivae_fast.systems import levels, make_model, make_schedule
 
 logger = logging.getLogger("sivae_fast")
@@ -113,7 +113,8 @@ def start_run(
         "marks": {name: (images // interval + 1) * interval for name, interval in every.items()},
         "source": Path(source).name,
     }
-    with Run.create(config.run.folder, config.run.name, config.to_dict(), config.identity()) as run:
+    about = config.run.name, config.to_dict(), config.identity()
+    with naming_folder(config.run.folder), Run.create(config.run.folder, *about) as run:
         save_checkpoint(run.folder / "checkpoints", images, tensors, state, config.run.keep)
         end = config.train.images
         logger.info("wrote the run %s, at %s of %s images", run.folder, f"{images:,}", f"{end:,}")

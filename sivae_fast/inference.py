@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sivae_fast.contract import check_count, described
+from sivae_fast.contract import check_count, checked_seed, described
 from sivae_fast.data.archive import Folder, ImageSet, is_image_name
 from sivae_fast.data.convert import Recipe, flatten
 from sivae_fast.data.factors import Factors, load_factors
@@ -162,7 +162,8 @@ class Inference(Trained):
             return self.training_images(count)
         factors = self.factors()
         test = factors.images[factors.test]
-        chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:count]
+        generator = torch.Generator().manual_seed(checked_seed(seed))
+        chosen = torch.randperm(len(test), generator=generator)[:count]
         return test[chosen].permute(0, 3, 1, 2).contiguous()
 
     def factors(self) -> Factors:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sivae_fast.contract import check_count
+from sivae_fast.contract import check_count, checked_seed
 from sivae_fast.data.ply import read_ply
 from sivae_fast.data.pointclouds import finite, load_clouds, open_array, resampled
 from sivae_fast.trained import CALIBRATION, Trained
@@ -75,7 +75,8 @@ class CloudInference(Trained):
     def own_clouds(self, count: int, seed: int = 0) -> Tensor:
         """At most `count` test clouds of the run's data [n, points, 3], drawn from `seed`."""
         clouds = self.clouds("test")
-        return clouds[torch.randperm(len(clouds), generator=torch.Generator().manual_seed(seed))[:count]]
+        generator = torch.Generator().manual_seed(checked_seed(seed))
+        return clouds[torch.randperm(len(clouds), generator=generator)[:count]]
 
     def read(self, files: Sequence[str | os.PathLike], resize: bool = False) -> Tensor:
         """Clouds [n, points, 3] of .ply files, of .npy arrays [points, 3] or [n, points, 3], and of all such

@@ -64,7 +64,7 @@ def evaluate(
     likelihood.check_options(**estimate)
     if LIKELIHOOD in metrics:
         _check_draws(run)
-    reals = RealImages(run, data, count)
+    reals = _opened(run, "data", data, count)
     generation = [name for name in metrics if name in fid.METRICS]
     if set(generation) - {"fid", "kid"}:
         fid.check_neighbours(min(count, len(reals)))
@@ -130,7 +130,7 @@ def detect_others(
     sets = {"own": own, **others} if own else {"training set": None, **others}
     if len(sets) <= len(others):
         raise ValueError(f"{', '.join(others)}: 'own' and 'training set' name the model's own images")
-    reals = {name: RealImages(run, path, count) for name, path in sets.items()}
+    reals = {name: _opened(run, "own" if path == own else "ood", path, count) for name, path in sets.items()}
     scored = {}
     for name, images in reals.items():
         with run.casting():
@@ -215,6 +215,16 @@ class RealImages:
                     bar.update(len(images))
             finally:
                 decoder.close()
+
+
+def _opened(run: Inference, option: str, path: str | os.PathLike | None, count: int) -> RealImages:
+    """The images of a set; what is wrong with it names the option that gave its path."""
+    try:
+        return RealImages(run, path, count)
+    except ValueError as error:
+        if path is None:
+            raise
+        raise ValueError(f"{option}={path}: {error}") from None
 
 
 def generated(run: Inference, count: int, seed: int, round_down: bool = False) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ def remove_unfinished(folder: Path) -> None:
         else:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+@contextlib.contextmanager
+def naming_folder(root: str | os.PathLike) -> Iterator[None]:
+    """Makes errors of the disk name the option `run.folder`, whose value is `root`."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        where = f"{error.filename}: " if error.filename and str(error.filename) != str(root) else ""
+        raise OSError(f"run.folder={root}: {where}{why}") from error
 
 
 class RunInUse(RuntimeError):

@@ -150,19 +150,23 @@ def _images(config: Config, device: torch.device, show: bool):
 
     settings, model = config.data, config.model
     path = image_path(config, show)
-    data = ImageLoader(
-        path,
-        seed=config.train.seed,
-        loader=settings.loader,
-        workers=settings.workers,
-        cache_gib=settings.cache_gib,
-        flip=settings.flip,
-        shift=settings.shift,
-        hue=settings.hue,
-        signed=settings.value_range == "symmetric",
-        grows=model.kind == "style",
-        device=device,
-    )
+    check_loader(config, device)
+    try:
+        data = ImageLoader(
+            path,
+            seed=config.train.seed,
+            loader=settings.loader,
+            workers=settings.workers,
+            cache_gib=settings.cache_gib,
+            flip=settings.flip,
+            shift=settings.shift,
+            hue=settings.hue,
+            signed=settings.value_range == "symmetric",
+            grows=model.kind == "style",
+            device=device,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.path={path}: {error}") from None
     wanted = (model.channels, model.resolution, model.resolution)
     if tuple(data.input_shape) != wanted:
         raise ConfigError(
@@ -171,6 +175,17 @@ def _images(config: Config, device: torch.device, show: bool):
             f"Run `sivae-fast prepare SOURCE DEST --resolution {model.resolution}` or change the model"
         )
     return data
+
+
+def check_loader(config: Config, device: torch.device) -> None:
+    """Raises ConfigError for a loader of images that does not work on `device`."""
+    if config.data.kind == "images" and config.data.loader == "dali":
+        from sivae_fast.data.loader import choose_loader
+
+        try:
+            choose_loader("dali", device)
+        except ValueError as error:
+            raise ConfigError(f"data.{error}") from None
 
 
 def image_path(config: Config, show: bool = True) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sivae_fast.checkpoint import load
 from sivae_fast.config import Config
-from sivae_fast.contract import Model, described
+from sivae_fast.contract import Model, checked_seed, described
 from sivae_fast.data.parallel import progress_bar
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.evaluation import batchnorm
@@ -89,7 +89,9 @@ class Trained:
     def described(self) -> dict[str, object]:
         """What belongs beside every number and picture of this model."""
         facts = {"images": self.images, "weights": self.weights, "precision": self.precision, **self.size}
-        return facts | ({"batch_norm": self.batch_norm} if self.batch_norm else {})
+        facts |= {"batch_norm": self.batch_norm} if self.batch_norm else {}
+        # Its statistics are then those of batches.
+        return facts | ({"batch": self.batch} if self.batch_norm in ("batch", "recalibrated") else {})
 
     @property
     def size(self) -> dict[str, int]:
@@ -116,7 +118,7 @@ class Trained:
 
     def prior(self, count: int, seed: int) -> Tensor:
         """Prior samples [count, Z]: the same for the same seed on every device and at every batch size."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(checked_seed(seed))
         return torch.randn(count, self.model.latent_size, generator=generator) * self.model.prior_std
 
     def _check_latents(self, z: Tensor) -> None:

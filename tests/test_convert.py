@@ -216,6 +216,17 @@ def test_alae_is_refused_for_use_and_starts_a_run(tmp_path):
     assert not torch.equal(weights["mapping_tl.layers.0.weight"], model.mapping_tl.layers[0].weight)
 
 
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
+    source = write(tmp_path / "00050.pth", published_clouds(PointNetModel(points=20, latent_size=6)))
+    settings = {
+        "model": {"kind": "pointnet", "points": 20, "latent_size": 6},
+        "run": {"folder": "/proc/runs"},
+    }
+    settings |= {"data": {"kind": "pointclouds", "points": 20}, "objective": {"reconstruction": "chamfer"}}
+    with pytest.raises(OSError, match=r"^run\.folder=/proc/runs: No such file or directory$"):
+        start_run(source, make_config(settings))
+
+
 def tiny_sizes(resolution: int) -> dict:
     sizes = {"start_channels": 8, "max_channels": 16, "latent_size": 16}
     return {"kind": "style", "resolution": resolution, **sizes}

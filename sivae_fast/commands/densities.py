@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sivae_fast.checkpoint import load
 from sivae_fast.commands.arguments import named
 from sivae_fast.contract import Model
 from sivae_fast.data.densities import NAMES, Density
 from sivae_fast.evaluation.density import energy_grid, prior_samples
-from sivae_fast.trained import check_kind, pick_device
+from sivae_fast.trained import check_kind
 
 GRID = 256  # points of an axis, as in the figures of training
 #: Options of other models, and their values where they are not given.
@@ -39,24 +38,15 @@ def density_of(model: Model, data: str | None = None) -> Density:
     return Density(data or model.config.data.name)
 
 
-def sample(
-    path: str | os.PathLike,
-    out: str | os.PathLike,
-    *,
-    averaged: bool = True,
-    device: str = "auto",
-    data: str | None = None,
-    seed: int = 0,
-) -> Path:
+def sample(model: Model, out: str | os.PathLike, *, data: str | None = None, seed: int = 0) -> Path:
     """The figure that training draws, a .png: 1024 points of the data, as many samples, and exp(ELBO).
 
-    data: name of the density, needed where the model does not know its own.
-    Raises ValueError for a model of another kind and as `density_of` does, CheckpointError as `load`.
+    model: of `load`. data: name of the density, needed where the model does not know its own.
+    Raises ValueError for a model of another kind and as `density_of` does.
     """
     from sivae_fast.evaluation.density_figures import POINTS, Learned, draw_model
 
     out = named(out, ".png")
-    model = load(path, averaged, pick_device(device))
     check_kind(model.config, ("mlp",))
     density = density_of(model, data)
     samples = prior_samples(model, POINTS, seed).cpu()

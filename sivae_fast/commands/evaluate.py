@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sivae_fast.checkpoint import load
-from sivae_fast.commands.opening import open_run
+from sivae_fast.commands.opening import run_of
+from sivae_fast.contract import Model
 from sivae_fast.evaluation.fid import METRICS as COMPARED
 from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.trained import pick_device
@@ -29,6 +30,7 @@ def evaluate(
     out: str | None = None,
     protocol: dict | None = None,
     estimate: dict | None = None,
+    device: str = "auto",
     **options,
 ) -> dict:
     """Measures the model at the path `model`. The records also go into a run folder, if it is one; those of a
@@ -36,7 +38,7 @@ def evaluate(
 
     count: at most so many images or clouds; None is `COUNT`.
     protocol: mirror and round_down, of fid and its kin. estimate: options of log p(x). options: those of
-    `Trained.load`, without `averaged`.
+    `Trained`, without `weights`.
     Raises ValueError for options that do not fit the kind of the model or each other, PermissionError, before
     anything is measured, for a run folder that cannot keep the results.
     """
@@ -48,12 +50,13 @@ def evaluate(
     folder = Path(model) if Path(model).is_dir() else None
     if folder and not (ood and out):
         _check_keeps(folder)
-    kind = load(model).config.model.kind
+    loaded = load(model, not raw, pick_device(device))
+    kind = loaded.config.model.kind
     _check_fit(kind, metrics, ood, weights, {"features": features, "own": own, "out": out, **protocol})
     if kind == "mlp":
-        return _density(model, raw, seed, folder, count=count, **options)
+        return _density(loaded, seed, folder, count=count, **options)
     count = COUNT if count is None else count
-    run = open_run(model, averaged=not raw, **options)
+    run = run_of(loaded, **options)
     if isinstance(run, CloudInference):
         from sivae_fast.measure_clouds import evaluate_clouds
 
@@ -133,11 +136,9 @@ def _images(run, metrics, features, weights, count, seed, folder, further) -> di
 
 
 def _density(
-    path: str,
-    raw: bool,
+    model: Model,
     seed: int,
     folder: Path | None,
-    device: str = "auto",
     precision: str = "fp32",
     data: str | None = None,
     **others,
@@ -147,7 +148,6 @@ def _density(
     from sivae_fast.run import append_metric
 
     check_unused(precision=precision, **others)
-    model = load(path, not raw, pick_device(device))
     density = density_of(model, data)
     scores = evaluate_density(model, density.sample, density.half_range, seed)
     about = {"images": model.images, "weights": model.facts["weights"], "precision": precision, "seed": seed}

@@ -13,9 +13,10 @@ from sivae_fast import hub
 from sivae_fast.checkpoint import load, save_snapshot
 from sivae_fast.commands import pictures
 from sivae_fast.commands.card import describe, metrics_of
+from sivae_fast.commands.opening import run_of
 from sivae_fast.evaluation.pointcloud_figures import draw_clouds
 from sivae_fast.files import write_text
-from sivae_fast.inference import IMAGE_MODELS, Inference
+from sivae_fast.inference import IMAGE_MODELS
 from sivae_fast.systems import make_data, save_picture
 
 
@@ -57,7 +58,7 @@ def draw_samples(snapshot: Path, path: Path) -> None:
     model = load(snapshot)
     config = model.config
     if config.model.kind in IMAGE_MODELS:
-        pictures.sample(Inference.load(snapshot, device="cpu", show=False), path, count=16)
+        pictures.sample(run_of(model, show=False), path, count=16)
     elif config.model.kind == "pointnet":
         draw_clouds(path, model.sample(8).split(4))
     else:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import struct
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -90,6 +91,8 @@ class Zip:
         self._members = {n: m for m in members if not is_hidden(n := plain_name(m.filename))}
         self.names = sorted(self._members)
         self._file = open(path, "rb")  # noqa: SIM115 - lives as long as this object
+        # Closed with the object and not before: a thread that still decodes has it, too.
+        weakref.finalize(self, self._file.close)
 
     def size(self, name: str) -> int:
         return self._members[name].file_size
@@ -164,8 +167,8 @@ class ImageSet:
     no whole numbers, float32 [N] or [N, D] (from dataset.json), `manifest` what `prepare` wrote beside the
     images or None. Raises ValueError for a path that is no image set, an empty one, and for images that are
     not square, of one size, of 8 bits, or (unless `any_size`) whose side is no power of two. A sample of the
-    images is looked at when the set is opened, every other one when it is decoded; `damaged` ones may be in
-    the sample, but not be all of it.
+    images is looked at when the set is opened, every other one when it is decoded, and colour in a set whose
+    sample is grey is then an error; `damaged` ones may be in the sample, but not be all of it.
     """
 
     def __init__(self, path: str | os.PathLike, *, any_size: bool = False, damaged: bool = False):
@@ -207,7 +210,7 @@ class ImageSet:
         data = self.read(index)
         try:
             with Image.open(io.BytesIO(data)) as image:
-                self._check_header(index, image, self.resolution)
+                self._check_image(index, image)
                 if "exif" in image.info:
                     image = ImageOps.exif_transpose(image)
                 mode = "RGB" if self.channels == 3 else "L"
@@ -215,6 +218,23 @@ class ImageSet:
         except _DECODE_ERRORS as error:
             raise self._corrupt(index, error) from None
         return pixels.reshape(self.resolution, self.resolution, self.channels)
+
+    def check(self, index: int, data: bytes) -> None:
+        """Raises ValueError, naming the file, where the header of its bytes is not that of an image of this
+        set: for decoders that turn colour into grey without a word."""
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                self._check_image(index, image)
+        except _DECODE_ERRORS as error:
+            raise self._corrupt(index, error) from None
+
+    def _check_image(self, index: int, image: Image.Image) -> None:
+        self._check_header(index, image, self.resolution)
+        if STORED_MODES[image.mode] > self.channels:
+            raise ValueError(
+                f"{self.names[index]} of {self.path} is stored in colour ({image.mode}), the images "
+                f"that were looked at first are grey; {PREPARE_HINT}"
+            )
 
     def _shape(self, any_size: bool, damaged: bool) -> tuple[int, int]:
         """Side and channels, from the headers of up to 64 images spread over the set."""

@@ -75,11 +75,17 @@ class DaliDecoder:
         """The files of each piece as DALI wants them, read ahead; `fed` keeps which images DALI is at."""
         ahead: deque = deque()
         for piece in pieces:
-            ahead.append((piece, [self._readers.submit(self.images.read, int(i)) for i in piece]))
+            ahead.append((piece, [self._readers.submit(self._read, int(i)) for i in piece]))
             if len(ahead) > AHEAD:
                 yield _files(*ahead.popleft(), fed)
         while ahead:
             yield _files(*ahead.popleft(), fed)
+
+    def _read(self, index: int) -> bytes:
+        data = self.images.read(index)
+        if self.images.channels == 1:
+            self.images.check(index, data)
+        return data
 
     def _build(self, files: Iterator[list[np.ndarray]]):
         from nvidia.dali import Pipeline, fn, types

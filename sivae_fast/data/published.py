@@ -262,7 +262,7 @@ class Records(Source):
             first = opened[names[0]].read(0)
         except OSError as error:
             raise ValueError(f"{names[0]} of {files.path}: {error}") from None
-        self.size, self.grey = first.shape[0], first.ndim == 2
+        self.size, self.grey = first.shape[0], all(map(_is_grey, self._records))
         self.key = hashlib.sha256("".join(f"{n}:{files.size(n)}\n" for n in names).encode()).hexdigest()
         self.changed = files.changed(names)
 
@@ -273,3 +273,12 @@ class Records(Source):
                     yield index, file.read(record)
                 except OSError as error:
                     yield index, error
+
+
+def _is_grey(record: tuple[RecordFile, int]) -> bool:
+    """Whether a record holds no colour; a damaged one holds none."""
+    file, index = record
+    try:
+        return file.read(index).ndim == 2
+    except OSError:
+        return True

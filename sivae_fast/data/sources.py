@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import tarfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -107,6 +108,7 @@ class Tar:
         self.path = path
         try:
             self._tar = tarfile.open(path, tarinfo=_Header)  # noqa: SIM115 - lives as long as this object
+            weakref.finalize(self, self._tar.close)
             # Of two names of one file tar stores the second as a link.
             members = [m for m in self._tar.getmembers() if m.isfile() or m.islnk()]
         except Exception as error:  # each compression has errors of its own

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class RecordFile:
         self.path = path
         self._offsets = offsets(path)
         self._file = open(path, "rb")  # noqa: SIM115 - lives as long as this object
+        weakref.finalize(self, self._file.close)
 
     def __len__(self) -> int:
         return len(self._offsets)

@@ -65,7 +65,7 @@ class _Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Posterior:
         batch, points, _ = x.shape
-        features = self.conv(x.reshape(batch * points, 3)).view(batch, points, -1)
+        features = self.conv(x.reshape(batch * points, 3)).view(batch, points, self.fc[0].in_features)
         hidden = self.fc(features.max(1).values)
         return Posterior(self.mu_layer(hidden), self.std_layer(hidden))
 

@@ -18,10 +18,12 @@ from sivae_fast.checkpoint import (
     run_config,
     save_checkpoint,
     save_snapshot,
+    snapshot_images,
 )
 from sivae_fast.config import Config
+from sivae_fast.files import plain
 from sivae_fast.progress import Progress
-from sivae_fast.run import Run, read_metrics
+from sivae_fast.run import Run, naming_folder, read_metrics
 from sivae_fast.systems import save_picture
 from sivae_fast.training.agreement import check_parameters, everywhere, on_all_ranks
 from sivae_fast.training.averaging import averaged_buffers
@@ -60,7 +62,7 @@ class Recorder:
         self._progress: Progress | None = None
         self._tick_images = 0
         self._unsaved: OSError | None = None
-        self._left_from: int | None = None  # images beyond which checkpoints are of a course that was left
+        self._left_from: int | None = None  # images beyond which weights are of a course that was left
 
     def start(self) -> None:
         """The first tick's pictures, or after a checkpoint was restored: drops what lies beyond it."""
@@ -131,13 +133,14 @@ class Recorder:
 
     def _open(self) -> Run:
         config, identity = self._trainer.config, self._trainer.identity
-        folder = Run.to_resume(config.run.folder, config.run.name, identity, config.run.new)
-        if folder is None:
-            _say_what_differs(config)
-            return Run.create(config.run.folder, config.run.name, config.to_dict(), identity)
-        run = Run.open(folder)
-        run.write_config(config.to_dict())
-        return run
+        with naming_folder(config.run.folder):
+            folder = Run.to_resume(config.run.folder, config.run.name, identity, config.run.new)
+            if folder is None:
+                _say_what_differs(config)
+                return Run.create(config.run.folder, config.run.name, config.to_dict(), identity)
+            run = Run.open(folder)
+            run.write_config(config.to_dict())
+            return run
 
     def _write_tick(self, evaluate: bool) -> None:
         trainer = self._trainer
@@ -230,6 +233,9 @@ class Recorder:
     def _remove_left(self) -> None:
         if self._left_from is not None:
             remove_after(self.checkpoints, self._left_from)
+            for path in self.folder.glob("best-*.safetensors"):
+                if (snapshot_images(path) or 0) > self._left_from:
+                    path.unlink()
             self._left_from = None
 
     def _check_saved(self) -> None:
@@ -237,15 +243,21 @@ class Recorder:
             raise self._unsaved
 
     def _keep_best(self, records: dict[str, dict]) -> None:
-        """A snapshot where the first of the metrics is better than all that were measured alike."""
+        """A snapshot where the first of the metrics is better than all that were measured alike.
+
+        Those before the snapshot that is there are no better than it or, where a return to a checkpoint
+        removed one, a best that nobody has any more.
+        """
         name = self._trainer.config.measured[0]
         if name not in records:
             return
+        path = self.folder / f"best-{name}.safetensors"
+        since, known = snapshot_images(path), read_metrics(self.folder).get(name, ())
         alike = lambda record: [record.get(key) for key in _SAME]
-        known = read_metrics(self.folder).get(name, ())
-        earlier = [record["value"] for record in known if alike(record) == alike(records[name])]
-        if is_best(name, records[name]["value"], earlier):
-            self._save_snapshot(self.folder / f"best-{name}.safetensors")
+        rivals = [record for record in known if since is not None and record["images"] >= since]
+        values = [record["value"] for record in rivals if alike(record) == alike(records[name])]
+        if is_best(name, records[name]["value"], values):
+            self._save_snapshot(path)
 
     def _save_snapshot(self, path: Path | None = None) -> None:
         trainer = self._trainer
@@ -305,7 +317,7 @@ def _differing(here: Config, there: Config) -> list[str]:
             value, old = getattr(now, key), getattr(before, key)
             changed = there.model_copy(update={section: before.model_copy(update={key: value})})
             if value != old and changed.identity() != there.identity():
-                found.append(f"{section}.{key}={value}, there {old}")
+                found.append(f"{section}.{key}={plain(value)}, there {plain(old)}")  # YAML has no tuples
     return found
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from sivae_fast.config import Config, ConfigError
+from sivae_fast.config import Config
 from sivae_fast.files import check_folder
-from sivae_fast.run import check_name
-from sivae_fast.systems import error_function, make_model, make_schedule
+from sivae_fast.run import check_name, naming_folder
+from sivae_fast.systems import check_loader, error_function, make_model, make_schedule
 from sivae_fast.training.engine import place
 from sivae_fast.training.evaluator import MEASURES
 from sivae_fast.training.fitting import check_fitting
@@ -38,27 +38,21 @@ def check_start(config: Config) -> None:
     error_function(config)
     weight = torch.zeros(1, device=device, requires_grad=True)
     make_optimizer([{"params": [weight], "factor": 1.0}], implementation=config.optim.implementation)
-    _check_loader(config, device)
+    check_loader(config, device)
     if config.evaluate.every:
         MEASURES[config.model.kind].needs(config, device)
     check_name(config.run.name)
-    check_folder(config.run.folder)
+    with naming_folder(config.run.folder):
+        check_folder(config.run.folder)
     _look_for_data(config)
-
-
-def _check_loader(config: Config, device: torch.device) -> None:
-    if config.data.kind == "images" and config.data.loader == "dali":
-        from sivae_fast.data.loader import choose_loader
-
-        try:
-            choose_loader("dali", device)
-        except ValueError as error:
-            raise ConfigError(f"data.{error}") from None
 
 
 def _look_for_data(config: Config) -> None:
     path = getattr(config.data, "path", None)
+    wanted = {"data.path": None if path == "quickstart" else path}
+    wanted |= {"evaluate.data": config.evaluate.data} if config.evaluate.every else {}
     if path is None and config.data.kind == "images":
         log.warning("data.path is missing: a start ends with that")
-    elif path not in (None, "quickstart") and not Path(path).exists():
-        log.warning("data.path=%s does not exist here: a start ends with that", path)
+    for option, value in wanted.items():
+        if value and not Path(value).exists():
+            log.warning("%s=%s does not exist here: a start ends with that", option, value)

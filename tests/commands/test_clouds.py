@@ -280,6 +280,9 @@ def test_clouds_that_do_not_fit_are_named_with_what_is_accepted(runs):
         run.decode(torch.zeros(2, 5))
     with pytest.raises(ValueError, match="count is 0"):
         run.sample(0)
+    for call in (run.sample, run.own_clouds):
+        with pytest.raises(ValueError, match=r"seed is 0\.5, must be a whole number"):
+            call(2, seed=0.5)
 
 
 def test_a_count_also_limits_the_clouds_of_files(run, runs, tmp_path):

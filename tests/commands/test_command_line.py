@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sivae_fast import checkpoint
 from sivae_fast.cli import main, parser
 from sivae_fast.config import make_config
 from sivae_fast.run import read_metrics
@@ -24,6 +25,9 @@ def test_options_are_named_as_they_were_typed(runs, tmp_path, capsys):
     for arguments, message in [
         (["evaluate", model, "--metrics", "foo", "bar"], "--metrics are foo, bar, must be some of fid"),
         (["evaluate", model, "--metrics", "mse", "--count=0"], "--count is 0, must be at least 2"),
+        (["evaluate", model, "--metrics", "mse", "--data=no.zip"], "--data=no.zip: there is no image set at"),
+        (["evaluate", model, "--ood", "no.zip"], "--ood=no.zip: there is no image set at no.zip (a folder"),
+        (["evaluate", model, "--ood", "x", "--own", "no.zip"], "--own=no.zip: there is no image set at"),
         (["sample", model, out, "--batch-norm", "x"], "--batch-norm is 'x', must be one of running"),
         (["sample", model, out, "--truncation", "0.5"], "--truncation=0.5: this model is of kind residual"),
         (["mix", str(runs.style), out, "--layers", "2-99"], "--layers is '2-99': this model has layers 0 to"),
@@ -117,6 +121,27 @@ def test_devices_are_not_replaced(runs, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: /dev/full") and len(error.splitlines()) == 1
     assert Path("/dev/full").is_char_device()
+
+
+def test_a_model_is_loaded_once(runs, tmp_path, monkeypatch):
+    """Else all that is said of a damaged checkpoint is said twice."""
+    made, make = [], checkpoint.make_model
+    monkeypatch.setattr(checkpoint, "make_model", lambda config: made.append(config) or make(config))
+    monkeypatch.setattr("sivae_fast.commands.densities.GRID", 16)
+    monkeypatch.setattr("sivae_fast.evaluation.density.evaluate_density", lambda *about: {"kl": 1.0})
+    picture = ["--out", str(tmp_path / "a.png")]
+    for run, command, *options in (
+        [runs.residual, "sample", *picture],
+        [runs.clouds, "sample", *picture, "--count", "1"],
+        [runs.density, "sample", *picture],
+        [runs.residual, "evaluate", "--metrics", "mse"],
+        [runs.clouds, "evaluate", "--metrics", "jsd"],
+        [runs.density, "evaluate"],
+    ):
+        model = next(run.glob("snapshots/*"))  # evaluations of it add nothing to the run
+        assert main([command, str(model), "--device", "cpu", *options]) == 0
+        assert len(made) == 1
+        made.clear()
 
 
 def test_records_of_densities_say_what_they_are_of(runs, capsys):

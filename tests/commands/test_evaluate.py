@@ -187,6 +187,7 @@ def test_batch_norm_is_chosen_on_the_command_line_and_said_beside_the_number(run
         assert main(["evaluate", str(runs.residual), "--metrics", "mse", "--batch", "8", *chosen]) == 0
         record = json.loads(capsys.readouterr().out)["mse"]
         assert record["batch_norm"] == (mode or "recalibrated")
+        assert record.get("batch") == (None if mode == "running" else 8)
         values[mode] = record["value"]
         out = tmp_path / f"{mode}.png"
         assert main(["sample", str(runs.residual), "--count", "8", "--out", str(out), *chosen]) == 0

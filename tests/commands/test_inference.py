@@ -223,6 +223,9 @@ def test_what_does_not_fit_is_named_with_what_is_accepted(runs):
     assert torch.equal(run.decode(torch.ones(2, 4).double()), run.decode(torch.ones(2, 4)))
     with pytest.raises(ValueError, match="count is 0, must be a whole number, at least 1"):
         run.sample(0)
+    for call in (run.sample, load(runs.translation).own_images):
+        with pytest.raises(ValueError, match=r"seed is 0\.5, must be a whole number"):
+            call(2, seed=0.5)
     with pytest.raises(ValueError, match="this model is of kind residual, styles need style"):
         run.from_styles(torch.zeros(2, 6, 4))
     with pytest.raises(ValueError, match=r"styles is .*\[2, 5, 8\], must be .* \[N, 6, 8\]"):
@@ -248,13 +251,22 @@ def test_a_loaded_model_names_what_it_accepts(runs, kind, shape):
         for function in (model.encode, model.reconstruct):
             with pytest.raises(ValueError, match=f"x.* is .*, {accepted}"):
                 function(wrong)
-    with pytest.raises(ValueError, match=f"torch.uint8.*{accepted}: Inference takes bytes"):
+    hint = ": Inference takes bytes" if len(shape) == 3 else ""
+    with pytest.raises(ValueError, match=f"torch.uint8.*{accepted}{hint}$"):
         model.reconstruct((x * 255).byte())
     with pytest.raises(ValueError, match=rf"z is .*, must be a float32 tensor \[B, {model.latent_size}\]"):
         model.decode(torch.zeros(2, model.latent_size + 1))
     for count in (0, 2.5):
         with pytest.raises(ValueError, match=f"count is {count}, must be a whole number, at least 1"):
             model.sample(count)
+    for seed in (1.5, "1", True, -1, 2**64):
+        for call in (model.sample, model.reconstruct):
+            start = 2 if call == model.sample else x
+            with pytest.raises(
+                ValueError, match=rf"seed is {seed!r}, must be a whole number from 0 to 2\^64"
+            ):
+                call(start, seed=seed)
+    assert torch.equal(model.sample(2, seed=np.int64(7)), model.sample(2, seed=7))
 
 
 def test_truncation_is_a_share_or_more(runs):

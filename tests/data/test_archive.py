@@ -118,6 +118,19 @@ def test_grey_colour_and_palette(tmp_path):
     assert np.array_equal(images.decode(0), np.asarray(picture(0, mode="L").convert("RGB")))
 
 
+def test_colour_among_grey_images_is_never_lost_in_silence(tmp_path):
+    """Image 1 of 128 is none of those that are looked at when the set is opened."""
+    files = {f"{i:03d}.png": encoded(picture(0, mode="L")) for i in range(128)}
+    images = ImageSet(write_folder(tmp_path / "set", files | {"001.png": encoded(picture(1))}))
+    assert images.channels == 1
+    message = r"001\.png of .*set is stored in colour \(RGB\), .* are grey; run `sivae-fast prepare"
+    with pytest.raises(ValueError, match=message):
+        images.decode(1)
+    with pytest.raises(ValueError, match=message):
+        images.check(1, images.read(1))
+    images.check(2, images.read(2))
+
+
 def test_exif_orientation_is_followed(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -55,6 +55,14 @@ def test_a_batch_larger_than_a_piece_is_put_together(png_set, loader):
     assert np.array_equal(batch.numpy(), np.stack([images.decode(int(i)) for i in order]))
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_colour_among_grey_images_is_named(tmp_path, loader):
+    files = {f"{i:03d}.png": encoded(picture(0, mode="L")) for i in range(128)}
+    path = write_folder(tmp_path / "set", files | {"001.png": encoded(picture(1))})
+    with pytest.raises(ValueError, match=r"001\.png of .*set is stored in colour \(RGB\)"):
+        take(path, 1, lambda n: 128, loader=loader, cache_gib=0)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("cache_gib", [0, None])
 @pytest.mark.parametrize("loader", LOADERS)

@@ -394,6 +394,18 @@ def test_damaged_tfrecords(tmp_path, change, message):
         prepare(tmp_path / "x-r03.tfrecords", tmp_path / "out.zip", **QUIET)
 
 
+def test_one_colour_record_makes_a_set_of_colour(tmp_path):
+    """The damaged record before it decides nothing."""
+    grey = [record(example(p[..., :1])) for p in colours(3, 8)]
+    colour = [record(b"\x0a\x02\x0b\x0c"), record(example(colours(1, 8)[0]))]
+    path = tmp_path / "x-r03.tfrecords"
+    path.write_bytes(b"".join(grey + colour))
+    assert prepare(path, tmp_path / "mixed.zip", allow_bad=0.2, **QUIET).channels == 3
+    assert np.array_equal(stored(tmp_path / "mixed.zip")[1][3], colours(1, 8)[0])
+    path.write_bytes(b"".join(grey + colour[:1]))
+    assert prepare(path, tmp_path / "grey.zip", allow_bad=0.3, **QUIET).channels == 1
+
+
 def test_a_damaged_record_is_skipped_by_name(tmp_path):
     good = [record(example(p)) for p in colours(4, 8)]
     (tmp_path / "x-r03.tfrecords").write_bytes(b"".join([*good, record(b"\x0a\x02\x0b\x0c")]))

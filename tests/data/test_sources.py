@@ -1,17 +1,20 @@
 """Folders, zips and tars of pictures, as other programs make them: nothing is left out in silence."""
 
+import gc
 import io
 import json
 import os
 import tarfile
+import warnings
 
 import pytest
 from image_files import encoded, picture, write_folder, write_zip
 from PIL import Image
 
-from sivae_fast.data.archive import ImageSet
+from sivae_fast.data.archive import ImageSet, Zip
 from sivae_fast.data.prepare import prepare
 from sivae_fast.data.sources import Tar
+from sivae_fast.data.tfrecord import RecordFile
 
 QUIET = {"resolution": 16, "progress": False, "workers": 1}
 
@@ -51,6 +54,22 @@ def test_archives_made_of_the_folder_itself(tmp_path, kind):
     manifest = prepare(path, tmp_path / "out", **QUIET)
     assert (manifest.images, manifest.skipped) == (4, [])
     assert ImageSet(tmp_path / "out").labels.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [Zip, Tar, RecordFile])
+def test_a_file_is_closed_with_what_reads_it(tmp_path, kind):
+    path = tmp_path / "a-r03.tfrecords"
+    if kind is Tar:
+        pack(path, write_folder(tmp_path / "in", pictures()), pictures())
+    elif kind is Zip:
+        write_zip(path, pictures())
+    else:
+        path.write_bytes(b"")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        kind(path)
+        gc.collect()
+    assert not seen
 
 
 def test_a_second_name_of_a_file_is_in_the_tar(tmp_path):

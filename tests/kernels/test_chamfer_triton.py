@@ -41,6 +41,15 @@ for n, m, dtype in ((1, 1, torch.float32), (7, 130, torch.float32), (200, 65, to
 x[0, 3, 1] = float("nan")
 sums = kernels.forward(x, y)[0]
 assert sums[0].sum().isnan() and sums[1].isfinite().all()
+for far in (float("inf"), -float("inf")):
+    for place in ((0,), (0, 1), (0, 1, 2)):
+        x, y = torch.rand(2, 70, 3), torch.rand(2, 40, 3)
+        x[0, 3, list(place)] = far
+        sums = kernels.forward(x, y)[0]
+        assert sums[0, 0] == float("inf")
+        torch.testing.assert_close(sums, reference(x, y)[0])
+x[0, 3] = torch.tensor([far, -far, 0.0])
+assert kernels.forward(x, y)[0][0, 0] == float("inf")
 
 # The operator sends tensors to the kernels, float64 to the definition.
 from sivae_fast.kernels import _launch

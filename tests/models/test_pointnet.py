@@ -58,6 +58,10 @@ def test_order_of_layers_and_of_outputs():
     z = torch.randn(2, 4)
     flat = model.decoder["model"](z)
     assert torch.equal(model.decode(z)[:, :, 1], flat[:, 5:10])
+    *hidden, last = model.decoder["model"][::2]
+    for linear in hidden:
+        z = torch.relu(linear(z))
+    torch.testing.assert_close(flat, last(z))
 
 
 def test_order_of_points_does_not_matter():
@@ -66,7 +70,15 @@ def test_order_of_points_does_not_matter():
     torch.testing.assert_close(model.encode(x).mean, model.encode(x[:, torch.randperm(30)]).mean)
 
 
+def test_no_clouds_have_no_posteriors():
+    model = PointNetModel(points=8, latent_size=4).eval()
+    assert model.encode(torch.zeros(0, 8, 3)).mean.shape == (0, 4)
+    assert model.reconstruct(torch.zeros(0, 8, 3)).shape == (0, 8, 3)
+
+
 def test_bad_input():
+    with pytest.raises(ValueError, match=r"\[2, 0, 3\], must be .* \[B, points, 3\]"):
+        PointNetModel(latent_size=2).encode(torch.zeros(2, 0, 3))
     with pytest.raises(ValueError, match="prior_std = 0"):
         PointNetModel(prior_std=0)
     with pytest.raises(ValueError, match=r"\[2, 3, 2048\], must be .* \[B, points, 3\]"):

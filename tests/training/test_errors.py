@@ -91,7 +91,13 @@ def test_missing_config_and_dry_run(launch):
 
 
 def test_wrong_data_path(launch):
-    assert "nowhere" in error_of(launch, data__path="nowhere")
+    message = error_of(launch, data__path="nowhere")
+    assert message.startswith("error: data.path=nowhere: there is no image set at nowhere (a folder")
+
+
+def test_a_run_folder_that_cannot_be_written(launch):
+    message = error_of(launch, run__folder="/proc/runs", train__images=16)  # root may write everywhere else
+    assert message == "error: run.folder=/proc/runs: No such file or directory"
 
 
 def test_images_of_another_size(launch):

@@ -20,7 +20,7 @@ from sivae_fast.inference import Inference
 from sivae_fast.measure import evaluate
 from sivae_fast.run import append_metric, read_metrics, read_stats
 from sivae_fast.training import evaluator
-from sivae_fast.training.loop import train
+from sivae_fast.training.loop import Trainer, train
 
 RESIDUAL = {"kind": "residual", "resolution": 16, "channels": 1, "widths": [4, 8], "latent_size": 4}
 STYLE = {"start_channels": 4, "max_channels": 8, "latent_size": 8, "mapping_layers": 2}
@@ -127,6 +127,30 @@ def test_the_best_model_so_far_is_kept(tmp_path, pictures, monkeypatch, metric):
     best = sivae_fast.load(run / f"best-{metric}.safetensors")
     assert best.images == 96 and best.facts["weights"] == "averaged"
     assert [path.name for path in run.glob("best-*")] == [f"best-{metric}.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("left", "best"), [([3.0, 1.0, 2.0], 32), ([3.0, 2.0, 1.0], 64)], ids=["before", "of the course"]
+)
+def test_the_best_of_a_course_that_was_left_is_none(tmp_path, pictures, monkeypatch, left, best):
+    """NaN after the measurement at 48 images takes training back to 32; from there it measures anew."""
+    values, iterate = iter([*left, 6.0, 4.0, 5.0]), Trainer.iterate
+    of = evaluator.ImageMeasures.of
+
+    def measured(self, *about):
+        records = of(self, *about)
+        return {"mse": {**records["mse"], "value": next(values)}}
+
+    def spoilt(trainer, x, stage, *streams):
+        iterate(trainer, x * float("nan") if trainer.position == 48 else x, stage, *streams)
+
+    monkeypatch.setattr(evaluator.ImageMeasures, "of", measured)
+    monkeypatch.setattr(Trainer, "iterate", spoilt)
+    asked = {"every": 16, "metrics": ["mse"], "images": 20}
+    interval = {"folder": str(tmp_path), "tick": 16, "checkpoint": 32, "samples": 1000}
+    run = train(settings(tmp_path, pictures, evaluate=asked, guard={"rollbacks": 1}, run=interval))
+    assert [r["value"] for r in read_metrics(run)["mse"]] == [*left[:2], 6.0, 4.0, 5.0]
+    assert sivae_fast.load(run / "best-mse.safetensors").images == best
 
 
 def test_a_resumed_run_repeats_none_and_skips_none(tmp_path, pictures):

@@ -344,8 +344,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(training):
 def test_a_run_that_is_not_resumed_says_why(training, caplog):
     folder = training("run", train__images=16)
     assert "a new run" not in caplog.text
-    training("run", train__images=16, train__seed=7, run__tick=32, model__mapping_layers=1)
-    said = "model.mapping_layers=1, there 2; train.seed=7, there 0"
+    changes = {"train__seed": 7, "run__tick": 32, "model__mapping_layers": 1, "optim__betas": "[0.5,0.99]"}
+    training("run", train__images=16, **changes)
+    said = "model.mapping_layers=1, there 2; train.seed=7, there 0; "
+    said += "optim.betas=[0.5, 0.99], there [0.9, 0.99]"
     assert f"a new run, since {folder} has other settings: {said}" in caplog.messages
     caplog.clear()
     training("run", train__images=16, run__new="true")

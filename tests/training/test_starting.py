@@ -34,11 +34,18 @@ def test_every_shipped_configuration_passes_without_its_data(path, capsys):
         ("translation", [], []),
         ("quickstart", [], []),
         ("density-rings", [], []),
+        ("quickstart", ["evaluate.data=c"], []),
+        (
+            "quickstart",
+            ["evaluate.data=c", "evaluate.every=99"],
+            ["evaluate.data=c does not exist here: a start ends with that"],
+        ),
     ],
 )
 def test_data_that_is_not_there_is_said(name, overrides, said, capsys, caplog):
     assert dry_run(capsys, name, TORCH, *overrides)[0] == 0
-    assert [record.getMessage() for record in caplog.records if "data.path" in record.getMessage()] == said
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message for message in messages if "a start ends with that" in message] == said
 
 
 @pytest.mark.parametrize(
@@ -71,7 +78,8 @@ def test_data_that_is_not_there_is_said(name, overrides, said, capsys, caplog):
         (
             "density-rings",
             [f"run.folder={ROOT / 'LICENSE' / 'runs'}"],
-            f"{ROOT / 'LICENSE' / 'runs'} cannot be a folder: {ROOT / 'LICENSE'} is not one",
+            f"run.folder={ROOT / 'LICENSE' / 'runs'}: {ROOT / 'LICENSE' / 'runs'} cannot be a folder: "
+            f"{ROOT / 'LICENSE'} is not one",
         ),
         (
             "pointclouds",
@@ -106,6 +114,12 @@ def test_data_that_is_not_there_is_said(name, overrides, said, capsys, caplog):
             ["evaluate.every=2000", "evaluate.metrics=[fid]", "evaluate.weights=nowhere"],
             "evaluate.metrics=fid: nowhere",
         ),
+        (
+            "quickstart",
+            ["evaluate.metrics=[fid,foo]"],
+            "evaluate.metrics=foo: model.kind=style accepts fid, ",
+        ),
+        ("density-rings", ["evaluate.metrics=[fid]"], "evaluate.metrics=fid: model.kind=mlp accepts none"),
     ],
 )
 @pytest.mark.usefixtures("on_a_cpu")
