@@ -21,7 +21,15 @@ image_metrics = ["torch-fidelity", "torchmetrics"]  # need torchvision
 video = ["av"]
 export = ["onnx", "onnxscript", "onnxruntime"]
 hub = ["huggingface_hub>=1.0"]
-tests = ["pytest", "pytest-benchmark", "pytest-timeout", "hypothesis", "ruff", "import-linter"]
+tests = [
+    "pytest",
+    "pytest-benchmark",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "import-linter",
+]
 # triton: torch brings its own where there is a GPU
 develop = ["triton", *tests, *evaluate, *video, *export, *hub]
 

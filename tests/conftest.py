@@ -1,5 +1,11 @@
 """Fixtures that more than one room uses."""
 
+import os
+
+# pytest -n: tests share the cores, and so do the programs that they start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 import pytest
 import torch
 
