@@ -81,9 +81,13 @@ class System:
         compile: options of torch.compile for its networks; the losses are then tensors.
         """
         now, rows, published = {}, Rows.all(trainer.stage.batch), compile is None
+        # Not PyTorch's own: where a capture has failed, that draws nothing more.
+        own = torch.Generator(self.device).manual_seed(0)
 
         def draw(name: str, like: torch.Tensor) -> torch.Tensor:
-            return now["draws"].stream(name).normal(*like.shape) if now["draws"] else torch.randn_like(like)
+            if now["draws"]:
+                return now["draws"].stream(name).normal(*like.shape)
+            return torch.randn(like.shape, generator=own, device=like.device, dtype=like.dtype)
 
         encoder, decoder = copy.deepcopy((trainer.model.encoder, trainer.model.decoder))
         if self.name == "density":

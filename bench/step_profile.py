@@ -170,16 +170,20 @@ def row_of(part: str, found: dict[str, float], iterations: int) -> dict:
     }
 
 
-def idle_share(trainer: Trainer, batches, iteration_seconds: float) -> float:
-    """Share of an iteration in which the GPU did nothing; it takes `iteration_seconds` without a profiler."""
+def idle_share(trainer: Trainer, batches, iteration_seconds: float) -> float | None:
+    """Share of an iteration in which the GPU did nothing; it takes `iteration_seconds` without a profiler.
+
+    None where the profiler sees nothing of it.
+    """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
     with torch_profile(activities=[ProfilerActivity.CUDA]) as found:
         trainer._advance(batches)
         torch.cuda.synchronize()
-    busy = 1e-6 * sum(event.device_time for event in on_device(found.events()))
-    return max(0.0, 1 - busy / iteration_seconds)
+    seen = on_device(found.events())
+    busy = 1e-6 * sum(event.device_time for event in seen)
+    return max(0.0, 1 - busy / iteration_seconds) if seen else None
 
 
 def limits(device: torch.device) -> dict[str, float]:
