@@ -172,6 +172,35 @@ def test_bounds_reach_the_objective(kind):
     assert (objective.huber_delta, objective.logvar_clamp) == (0.5, (-20.0, 20.0))
 
 
+def test_what_belongs_to_a_system_reaches_its_objective():
+    made = lambda *settings: make_objective(load(*settings), (3, 32, 32))
+    assert made("pointclouds").prior_std == 0.2 and made("ffhq256").beta_neg == 2048
+    assert made("translation", "model.swapped_fakes=true").fakes == dict.fromkeys(
+        ("rec", "fake", "swap"), 1 / 3
+    )
+    published = ("cifar10", "train.schedule=published")
+    weights = (
+        made("cifar10").gamma_r,
+        made(*published).gamma_r,
+        made(*published, "objective.gamma_r=0").gamma_r,
+    )
+    assert weights == (0, 1e-8, 0)
+    hinge = ("cifar10", "objective.kind=introvae", "objective.margin=5")
+    members = [made(*hinge, f"objective.hinge={kind}")._member.name for kind in ("sample", "batch")]
+    assert members == ["HINGE", "BATCH_HINGE"]
+
+
+def test_the_seed_decides_the_first_weights_and_no_other_draws():
+    before = torch.get_rng_state()
+    one, same, other = (
+        make_model(load("density-rings", "model.width=4", f"train.seed={seed}")).state_dict()
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [

@@ -1,6 +1,7 @@
 """The configurations of images have the published sizes and values."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -123,6 +124,31 @@ def test_the_monsters_are_moved_and_recoloured_by_both_loaders(tmp_path, loader)
     data.close()
     assert torch.equal(found, pixels.to_input(batch, draws, signed=False, shift=5 / 128, hue=0.5))
     assert not torch.equal(found, pixels.to_input(batch, draws, signed=False))
+
+
+def test_every_setting_of_images_reaches_the_loader(monkeypatch):
+    given = {}
+
+    def loader(path, **options):
+        given.update(options, path=str(path))
+        return SimpleNamespace(input_shape=(3, 128, 128))
+
+    monkeypatch.setattr("sivae_fast.data.loader.ImageLoader", loader)
+    data = {
+        "path": "x",
+        "loader": "torch",
+        "workers": 3,
+        "cache_gib": 0.5,
+        "flip": True,
+        "shift": 0.1,
+        "hue": 0.2,
+    }
+    settings = [*(f"data.{name}={value}" for name, value in data.items()), "train.seed=7"]
+    for value_range, signed in (("symmetric", True), ("unit", False)):
+        config = load_config(CONFIGS / "monsters128.yaml", [*settings, f"data.value_range={value_range}"])
+        make_data(config, torch.device("cpu"))
+        device = torch.device("cpu")
+        assert given == {**data, "seed": 7, "signed": signed, "grows": False, "device": device}
 
 
 @pytest.mark.parametrize("setting", ["data.shift=0.6", "data.hue=-0.1", "data.shift=.nan", "data.hue=true"])

@@ -59,6 +59,21 @@ def test_soft_intro_vae():
     same(objective.decoder(Term(real.target, real.prediction), *alone), 0.02 * want)
     want = want + 0.25 * 0.5 * 0.5 * (sse(rec) + sse(fake)).mean()
     same(objective.decoder(Term(real.target, real.prediction), rec=rec, fake=fake), 0.02 * want)
+    assert SoftIntroVAE(beta_rec=1, beta_kl=1, beta_neg=1, scale=1).gamma_r == 1e-8
+
+
+def test_every_option_reaches_the_loss():
+    """Huber's delta and the bounds of the log-variance, given at first and changed later."""
+    real = batch()[0]
+    mean, logvar = real.posterior
+    error = torch.nn.functional.huber_loss(real.prediction, real.target, reduction="none", delta=0.3)
+    want = (error.sum((1, 2, 3)) + kl(Term(posterior=Posterior(mean, logvar.clamp(-0.2, 0.4))))).mean()
+    same(VAE(reconstruction="huber", huber_delta=0.3, logvar_clamp=(-0.2, 0.4)).vae(real), want)
+    later = VAE()
+    later.reconstruction, later.huber_delta, later.logvar_clamp = "huber", 0.3, (-0.2, 0.4)
+    same(later.vae(real), want)
+    with pytest.raises(ValueError, match="huber_delta is 0, must be positive"):
+        later.huber_delta = 0
 
 
 def test_golden_values():
@@ -83,14 +98,15 @@ def test_golden_values():
 @pytest.mark.parametrize("hinge", ["sample", "batch"])
 def test_intro_vae(hinge):
     real, rec, fake = batch()
-    objective = IntroVAE(beta_rec=0.05, beta_kl=1.0, beta_neg=0.5, margin=7.0, hinge=hinge)
+    objective = IntroVAE(beta_rec=0.05, beta_kl=0.8, beta_neg=0.5, margin=7.0, hinge=hinge)
     pushed = [kl(term) if hinge == "sample" else kl(term).mean() for term in (rec, fake)]
     hinges = sum((7 - value).clamp(min=0).mean() for value in pushed)
     assert hinges > 0
-    base = (0.05 * sse(real) + kl(real)).mean()
+    base = (0.05 * sse(real) + 0.8 * kl(real)).mean()
     same(objective.vae(real), base)
-    same(objective.encoder(real, rec, fake), base + 0.5 * 0.5 * hinges)
-    same(objective.decoder(real, rec, fake), 0.05 * sse(real).mean() + 0.5 * (kl(rec) + kl(fake)).mean())
+    same(objective.encoder(real, rec, fake), base + 0.5 * 0.8 * 0.5 * hinges)
+    want = 0.05 * sse(real).mean() + 0.5 * 0.8 * (kl(rec) + kl(fake)).mean()
+    same(objective.decoder(real, rec, fake), want)
 
 
 def test_linear_and_vae():
@@ -98,6 +114,9 @@ def test_linear_and_vae():
     objective = LinearIntroVAE(beta_rec=0.3, beta_kl=0.6, beta_neg=0.2)
     base = (0.3 * sse(real) + 0.6 * kl(real)).mean()
     same(objective.encoder(real, rec, fake), base - 0.2 * 0.5 * (kl(rec) + kl(fake)).mean())
+    uneven = LinearIntroVAE(beta_rec=0.3, beta_kl=0.6, beta_neg=0.2, fakes={"rec": 0.9, "fake": 0.1})
+    want = base - 0.2 * (0.9 * kl(rec) + 0.1 * kl(fake)).mean()
+    same(uneven.encoder(real, rec, fake), want)
     same(VAE(beta_rec=0.3, beta_kl=0.6).vae(real), base)
     with pytest.raises(TypeError, match="a VAE has one phase"):
         VAE().encoder(real, rec, fake)
@@ -120,9 +139,12 @@ def test_negative_errors_are_refused_by_a_check():
     terms = [Term(posterior=term.posterior, error=torch.full((4,), -300.0).double()) for term in batch()]
     loss, statistics = SoftIntroVAE(**options).encoder(*terms)
     assert loss.isfinite() and (statistics["exp_elbo_rec"] == 1).all()
+    slightly = [term._replace(error=torch.full((4,), -0.1).double()) for term in terms]
     checked = SoftIntroVAE(**options, check=True)
     with pytest.raises(ValueError, match=r"error of rec holds -300.0: must not be negative .* lower bound"):
         checked.encoder(*terms)
+    with pytest.raises(ValueError, match=r"error of rec holds -0\.1"):
+        checked.encoder(*slightly)
     same(checked.vae(terms[0]), (kl(terms[0]) - 300).mean())
 
 
@@ -213,6 +235,26 @@ def test_a_changed_weight_counts_after_use_in_copies_and_both_dtypes():
         for value in (5.0, 7.0):
             made_there.beta_neg = value
             same(made_there.encoder(*batch()), want[value])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_changed_between_two_uses_counts(dtype):
+    """In one dtype, which finds what was kept of the use before; and in a copy that is changed as often."""
+    weights = {"beta_rec": 0.5, "beta_kl": 0.8, "scale": 0.02}
+    loss = lambda objective: objective.encoder(*batch(dtype=dtype)).loss
+    want = {n: loss(SoftIntroVAE(beta_neg=n, **weights)) for n in (3.0, 5.0, 7.0)}
+    objective = SoftIntroVAE(beta_neg=3.0, **weights)
+    for value in (3.0, 5.0):
+        objective.beta_neg = value
+        assert torch.equal(loss(objective), want[value])
+    objective = SoftIntroVAE(beta_neg=3.0, **weights)
+    objective.beta_neg = 5.0
+    assert torch.equal(loss(objective), want[5.0])
+    twin = copy.deepcopy(objective)
+    twin.beta_neg = 7.0
+    assert torch.equal(loss(twin), want[7.0]) and torch.equal(loss(objective), want[5.0])
+    other = torch.float32 if dtype is torch.float64 else torch.float64
+    assert objective.encoder(*batch(dtype=other)).loss.dtype == other
 
 
 def test_half_precision_modules_keep_exact_weights():
@@ -313,6 +355,8 @@ def test_checking_names_batch_and_sample():
     options = {"beta_rec": 0.5, "beta_kl": 0.8, "beta_neg": 3.0, "scale": 0.02}
     loss, statistics = SoftIntroVAE(**options).encoder(*terms)
     assert loss.isnan()
+    with pytest.raises(FloatingPointError, match=r"kl_real is inf for sample 1 .*'real' \(2 of 3 samples\)"):
+        check_statistics({"rec_real": torch.ones(3), "kl_real": torch.tensor([1.0, torch.inf, torch.nan])})
     message = r"rec_fake is nan for sample 3 of the batch 'fake' \(1 of 4 samples\): its target or prediction"
     with pytest.raises(FloatingPointError, match=message):
         check_statistics(statistics)
@@ -348,6 +392,8 @@ WRONG = {
     "fakes without weights": ({"fakes": ["a", "b"]}, r"fakes is \['a', 'b'\], must be weights by name"),
     "clamp": ({"logvar_clamp": (2.0, -2.0)}, r"logvar_clamp is \(2.0, -2.0\), must be \(low, high\)"),
     "fakes": ({"fakes": {"fake": 0.4}}, "fakes is {'fake': 0.4}, must hold weights that sum to 1"),
+    "fakes that nearly sum to 1": ({"fakes": {"fake": 0.99}}, "must hold weights that sum to 1"),
+    "a fake called real": ({"fakes": {"rec": 0.5, "real": 0.5}}, "and no source 'real'"),
 }
 
 
@@ -439,7 +485,11 @@ def test_a_term_without_what_its_phase_needs_is_refused():
         soft.decoder(bare(real), coded(rec), coded(fake)),
     ):
         assert loss.loss.isfinite()
-    for wrong in (real.posterior.mean, torch.distributions.Normal(real.posterior.mean, 1.0)):
+    for wrong in (
+        real.posterior.mean,
+        torch.distributions.Normal(real.posterior.mean, 1.0),
+        (*real.posterior, 1),
+    ):
         message = f"posterior of real is a {type(wrong).__name__}, must be Posterior"
         with pytest.raises(TypeError, match=message):
             soft.encoder(Term(real.target, real.prediction, wrong), rec, fake)

@@ -34,6 +34,7 @@ def test_any_cut_of_the_sequence_reads_the_same(size, start, lengths):
     ends = start + np.cumsum(lengths)
     pieces = [sampler.indices(int(e - n), int(e)) for e, n in zip(ends, lengths, strict=True)]
     assert np.array_equal(np.concatenate(pieces), sampler.indices(start, int(ends[-1])))
+    assert len(sampler.indices(start, start)) == 0
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -60,7 +61,8 @@ def test_bad_values_are_named():
         Sampler(0)
     with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
         Sampler(3, -1)
-    with pytest.raises(ValueError, match="batch of 7 does not divide over 2 ranks"):
-        next(Sampler(3).requests(0, lambda n: 7, 0, 2))
+    for batch in (7, 0):
+        with pytest.raises(ValueError, match=f"batch of {batch} does not divide over 2 ranks"):
+            next(Sampler(3).requests(0, lambda n, batch=batch: batch, 0, 2))
     with pytest.raises(ValueError, match=r"rank must lie in 0 \.\.\. 1, got 2"):
         next(Sampler(3).requests(0, lambda n: 2, 2, 2))

@@ -113,3 +113,43 @@ def test_evaluation_is_repeatable_and_complete():
     assert set(scores) == {"gnelbo", "kl", "jsd", "kl_nats", "jsd_nats"}
     assert all(math.isfinite(v) and v > 0 for v in scores.values())
     assert scores["kl"] > 30  # an untrained model is far from the rings
+
+
+def test_the_protocol_is_the_published_one(monkeypatch):
+    """12,800 data points for gnELBO, a grid of 1024 x 1024, 5,000 points a histogram, each its own."""
+    assert ev.GRID == 1024
+    monkeypatch.setattr(ev, "energy_grid", None)  # a grid that is given is not computed again
+    asked, data = [], Density("rings")
+
+    def sample(count, seed):
+        asked.append((count, seed))
+        return data.sample(count, seed)
+
+    model = MLPModel(width=8, hidden_layers=2)
+    one, other = (
+        ev.evaluate_density(model, sample, data.half_range, seed, grid=torch.ones(2, 2)) for seed in (0, 1)
+    )
+    assert [count for count, _ in asked] == 2 * ([128] * 100 + [5000] * 2)
+    assert len(set(asked)) == len(asked)
+    assert all(one[name] != other[name] for name in one)
+
+
+def test_divergences_are_from_the_data_to_the_model_and_each_has_its_own_points():
+    def points(*places):
+        return torch.tensor(places).repeat(2500 // len(places) * 2, 1)
+
+    here, there = (0.5, 0.5), (-0.5, 0.5)
+    data = lambda count, seed: points(here)
+    model = lambda count, seed: points(here, there) if seed == 1 else points(there)
+    scores = ev.divergences(data, model, 2.0)
+    assert scores["kl_nats"] == pytest.approx(math.log(2)) == scores["kl"] / 6.25
+    assert scores["jsd_nats"] == pytest.approx(math.log(2)) and scores["jsd"] == pytest.approx(116.524)
+
+
+def test_samples_are_those_of_the_prior_and_follow_the_seed():
+    model = MLPModel(width=8, hidden_layers=2)
+    model.prior_std, model.generate = 0.2, lambda z: z
+    samples = ev.prior_samples(model, 4000, seed=1)
+    assert samples.std().item() == pytest.approx(0.2, rel=0.05)
+    assert torch.equal(samples, ev.prior_samples(model, 4000, seed=1))
+    assert not torch.equal(samples, ev.prior_samples(model, 4000, seed=2))

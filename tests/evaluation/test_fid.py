@@ -52,8 +52,9 @@ def test_moments_are_those_of_all_rows_however_they_arrive():
         found.update(part)
     torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-13, atol=0)
     torch.testing.assert_close(found.covariance, torch.from_numpy(np.cov(x.numpy().T)), rtol=1e-9, atol=1e-9)
-    with pytest.raises(ValueError, match="not finite"):
-        found.update(x * float("nan"))
+    for value in ("nan", "inf"):
+        with pytest.raises(ValueError, match="not finite"):
+            found.update(x.index_fill(1, torch.tensor([3]), float(value)))
     with pytest.raises(ValueError, match="at least 2 images"):
         moments(x[:1]).covariance  # noqa: B018 (the property raises)
 
@@ -118,6 +119,28 @@ def test_kernel_distance_is_the_unbiased_estimate():
     assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(len(same))  # zero in expectation
     with pytest.raises(ValueError, match="KID needs at least 2 images"):
         kernel_distance(x, y[:1])
+
+
+def test_kid_draws_the_subsets_of_torch_fidelity(monkeypatch):
+    drawn = []
+
+    class Recorded(np.random.RandomState):
+        def __init__(self, seed):
+            drawn.append(seed)
+            super().__init__(seed)
+
+        def choice(self, count, size, replace):
+            drawn.append((count, size, replace))
+            return super().choice(count, size, replace)
+
+    monkeypatch.setattr(np.random, "RandomState", Recorded)
+    kernel_distance(vectors(1001, 1, 0), vectors(1100, 1, 1), subsets=1)
+    assert drawn == [2020, (1100, 1000, False), (1001, 1000, False)]
+    real, fake = images(12, 0), images(8, 1)
+    drawn.clear()
+    found = compare(RANDOM, [real], [fake], ["kid"])
+    assert drawn == [2020, *[(8, 8, False), (12, 8, False)] * 100]
+    assert found == {"kid": kernel_distance(RANDOM(real), RANDOM(fake))}
 
 
 def plain_neighbourhoods(real, fake, near, far):

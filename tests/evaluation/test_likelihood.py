@@ -85,24 +85,63 @@ def test_the_diagonal_proposal_gives_the_known_means():
         assert values.mean().item() == pytest.approx(known, abs=max(5 * error, 1e-4))
 
 
+class Scalar(Model):
+    """x = z + noise of variance 0.3 in pixels of [-1, 1], z ~ N(0, 0.5^2)."""
+
+    latent_size, prior_std = 1, 0.5
+
+    def encode(self, x):
+        v = 0.3 * 4.0  # the likelihood's variance in the units of x, whose range is 2 wide
+        gain = 0.25 / (0.25 + v)
+        return Posterior(gain * x, torch.full_like(x, math.log(gain * v)))
+
+    def decode(self, z, stream=None):
+        return z
+
+
 def test_prior_deviation_variance_and_value_range_change_the_model_they_should():
     # x = z + noise of variance v, z ~ N(0, s^2): log p(x) = log N(x; 0, s^2 + v), in units of the range.
-    class Scalar(Model):
-        latent_size, prior_std = 1, 0.5
-
-        def encode(self, x):
-            v = 0.3 * 4.0  # the likelihood's variance in the units of x, whose range is 2 wide
-            gain = 0.25 / (0.25 + v)
-            return Posterior(gain * x, torch.full_like(x, math.log(gain * v)))
-
-        def decode(self, z, stream=None):
-            return z
-
     x = torch.tensor([[0.8]], dtype=torch.float64)
     found = log_likelihood(Scalar(), x, 3, variance=0.3, value_range=(-1.0, 1.0))
     total = 0.25 / 4 + 0.3
     expected = -0.5 * (0.4**2 / total + math.log(2 * math.pi * total))
     assert found.item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_every_option_reaches_every_score():
+    model, x = Scalar(), torch.tensor([[0.8], [-0.3]], dtype=torch.float64)
+    options = {"variance": 0.7, "proposal": "published", "value_range": (-1.0, 1.0)}
+    found = scores(model, x, 3, weight=2.0, generator=torch.Generator().manual_seed(4), **options)
+    generator = torch.Generator().manual_seed(4)
+    torch.testing.assert_close(
+        found["log_likelihood"], -log_likelihood(model, x, 3, generator=generator, **options)
+    )
+    q = model.encode(x)
+    rec = q.mean + (q.logvar / 2).exp() * torch.randn(2, 1, generator=generator, dtype=torch.float64)
+    error, kl = ((rec - x) / 2).square().sum(1), divergence(q, prior_std=0.5)
+    again = model.encode(rec)
+    wanted = {
+        "elbo": 2 * error + kl,
+        "kl": kl,
+        "reconstruction": error,
+        "symmetric_kl": divergence(q, again) + divergence(again, q),
+    }
+    for name, want in wanted.items():
+        torch.testing.assert_close(found[name], want)
+    default = [log_likelihood(model, x, *s, generator=torch.Generator().manual_seed(1)) for s in ((), (5,))]
+    assert torch.equal(*default)
+
+
+def test_the_noise_of_a_decoder_follows_the_generator():
+    class Noisy(Scalar):
+        def decode(self, z, stream):
+            return z + stream.normal(*z.shape, dtype=z.dtype)
+
+    x = torch.tensor([[0.8]], dtype=torch.float64)
+    one, same, other = (
+        log_likelihood(Noisy(), x, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_draws_are_decoded_in_batches_and_none_is_left_out():
@@ -140,6 +179,8 @@ def test_scores_are_what_their_names_say_and_repeat_for_a_seed():
         first["log_likelihood"] > 32 * math.log(2 * math.pi)
     ).all()  # -log p is at least its constant here
     assert (first["symmetric_kl"] >= 0).all()
+    other = score_batches(model, [x[:3], x[3:]], seed=4, samples=2)
+    assert not torch.equal(first["reconstruction"], other["reconstruction"])
     with pytest.raises(ValueError, match="no images"):
         score_batches(model, [])
 
@@ -150,6 +191,7 @@ def test_auroc_and_detection():
     assert auroc(other, own) == pytest.approx(1 / 6)
     found = detect(dict.fromkeys(SCORES, own), dict.fromkeys(SCORES, other))
     assert [detection.score for detection in found] == list(SCORES)
+    assert all(detection.auroc == pytest.approx(5 / 6) for detection in found)
     with pytest.raises(ValueError, match="1 of 5 scores are not finite"):
         auroc(own, torch.tensor([float("nan"), 1.0]))
 
@@ -159,6 +201,7 @@ def test_auroc_and_detection():
     [
         ({"samples": 0}, "samples is 0"),
         ({"variance": 0.0}, "variance is 0.0"),
+        ({"variance": math.inf}, "variance is inf"),
         ({"proposal": "q"}, "proposal is 'q', must be one of posterior, published"),
     ],
 )

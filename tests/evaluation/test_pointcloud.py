@@ -56,9 +56,12 @@ def test_sampling_jsd_asks_for_three_times_three():
 
     assert sampling_jsd(sample, torch.zeros(5, 4, 3)) == pytest.approx(1 / 3)
     assert asked == [(15, 0), (15, 1), (15, 2)]
+    assert sampling_jsd(sample, torch.zeros(5, 4, 3), draws=2) == pytest.approx(1 / 2)
 
 
-def test_chamfer_distances():
+@pytest.mark.parametrize("pairs", [1, 20, 1 << 17])
+def test_chamfer_distances(monkeypatch, pairs):
+    monkeypatch.setattr(pointcloud, "_PAIRS", pairs)
     torch.manual_seed(0)
     samples, reference = torch.randn(3, 7, 3), torch.randn(4, 9, 3)
     got = chamfer_distances(samples, reference)
@@ -73,6 +76,16 @@ def test_emd_distances():
     torch.testing.assert_close(emd_distances(clouds, square), torch.tensor([[0.0], [0.5]]))
 
 
+def test_emd_distances_are_exact_for_many_points():
+    pytest.importorskip("ot")
+    optimize = pytest.importorskip("scipy.optimize")
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 1, 100, 3, dtype=torch.float64)
+    lengths = torch.cdist(one[0], other[0])
+    best = lengths[optimize.linear_sum_assignment(lengths)].mean().item()
+    assert emd_distances(one, other).item() == pytest.approx(best)
+
+
 def test_missing_pot_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
     with pytest.raises(ImportError, match=r"needs POT: pip install 'sivae-fast\[eval\]'"):
@@ -80,13 +93,14 @@ def test_missing_pot_is_named(monkeypatch):
 
 
 def test_mmd_and_coverage():
-    distances = torch.tensor([[1.0, 2, 3], [5, 1, 9], [4, 0.5, 6]])
+    distances = torch.tensor([[1.0, 2, 3], [5, 1, 9], [4, 0.5, 6], [0.5, 7, 8]])  # of 4 samples to 3
     mmd, coverage = mmd_and_coverage(distances)
-    assert mmd == pytest.approx((1 + 0.5 + 3) / 3) and coverage == pytest.approx(2 / 3)
+    assert mmd == pytest.approx((0.5 + 0.5 + 3) / 3) and coverage == pytest.approx(2 / 3)
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="not finite"):
-        occupancy(torch.full((1, 2, 3), math.nan))
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            occupancy(torch.full((1, 2, 3), value))
     with pytest.raises(ValueError, match=r"\[5, 3\]: accepted is \[n, points, 3\]"):
         occupancy(torch.zeros(5, 3))

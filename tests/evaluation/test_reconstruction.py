@@ -43,8 +43,11 @@ def test_ssim_is_one_for_equal_images_and_the_windowed_formula_otherwise():
 
 
 def test_ssim_refuses_images_that_its_window_does_not_fit():
-    with pytest.raises(ValueError, match="at least 11 pixels a side"):
-        ssim(*pair(size=8))
+    x, y = pair(size=12)
+    assert ssim(x[..., :11], y[..., :11]).shape == (2,)
+    for wrong in (slice(8), slice(10)):
+        with pytest.raises(ValueError, match="at least 11 pixels a side"):
+            ssim(x[..., wrong], y[..., wrong])
 
 
 def test_missing_lpips_weights_say_where_to_get_them(tmp_path):
@@ -87,14 +90,29 @@ class AlexNet(nn.Module):
         return (self.layers(x) - self.layers(y)).square().flatten(1).mean(1)
 
 
-def test_lpips_refuses_images_of_which_its_layers_leave_nothing(tmp_path, monkeypatch):
+def lpips_by(network, tmp_path, monkeypatch):
     alexnet(tmp_path)
     monkeypatch.setattr(reconstruction, "check_published", lambda path, url: None)
     package = types.SimpleNamespace(
-        LearnedPerceptualImagePatchSimilarity=lambda name: types.SimpleNamespace(net=AlexNet())
+        LearnedPerceptualImagePatchSimilarity=lambda name: types.SimpleNamespace(net=network)
     )
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", package)
-    lpips = load_lpips(tmp_path)
+    return load_lpips(tmp_path)
+
+
+def test_lpips_sees_images_from_minus_one_to_one(tmp_path, monkeypatch):
+    class Ends(nn.Module):
+        def forward(self, x, y):
+            return torch.stack([x.min(), x.max(), y.min(), y.max()])
+
+    before = torch.hub.get_dir()
+    x = torch.linspace(0, 1, 31).expand(2, 3, 31, 31)
+    assert lpips_by(Ends(), tmp_path, monkeypatch)(x, x / 2).tolist() == [-1, 1, -1, 0]
+    assert torch.hub.get_dir() == before
+
+
+def test_lpips_refuses_images_of_which_its_layers_leave_nothing(tmp_path, monkeypatch):
+    lpips = lpips_by(AlexNet(), tmp_path, monkeypatch)
     assert lpips(torch.rand(2, 3, 31, 31), torch.rand(2, 3, 31, 31)).shape == (2,)
     with pytest.raises(ValueError, match=r"LPIPS needs images of at least 31 pixels a side, got \[30, 30\]"):
         lpips(torch.rand(2, 3, 30, 30), torch.rand(2, 3, 30, 30))

@@ -73,6 +73,16 @@ def test_gradients_of_sample_and_kl(bounds):
     assert torch.autograd.gradcheck(lambda *t: reparameterize(*t, logvar_clamp=bounds), tensors[:3])
 
 
+def test_bounds_hold_for_every_kind_of_noise():
+    mean, logvar, noise = doubles(*[(3, 4)] * 3)
+    for given in ({"noise": noise}, {"seed": torch.tensor([5])}):
+        bounded = reparameterize(mean, logvar, **given, logvar_clamp=(-0.5, 0.5))
+        assert torch.equal(bounded, reparameterize(mean, logvar.clamp(-0.5, 0.5), **given))
+        z, kl = sample_and_kl(mean, logvar, **given, logvar_clamp=(-0.5, 0.5))
+        assert torch.equal(z, bounded) and torch.equal(kl, gaussian_kl(mean, logvar.clamp(-0.5, 0.5)))
+    assert torch.equal(gaussian_kl(mean, logvar, logvar_clamp=(-0.5, 0.5)), kl)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_share_memory_with_nothing(dtype):
     """Two passes add up in place, and what is done to a gradient is done to it alone."""
@@ -97,6 +107,37 @@ def test_gradients_of_errors(kind):
     assert torch.autograd.gradcheck(lambda *t: reconstruction_error(*t, kind, 0.3), pair)
 
 
+@pytest.mark.parametrize("kind", reference.RECONSTRUCTIONS)
+def test_gradients_of_one_argument_alone(kind):
+    x, y = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    error = lambda x, y: reconstruction_error(x, y, kind, 0.3)
+    assert torch.autograd.gradcheck(error, (x.clone().requires_grad_(), y))
+    assert torch.autograd.gradcheck(error, (x, y.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("layouts", [(True, True), (True, False), (False, True)], ids=str)
+def test_gradients_of_channels_last_images(layouts):
+    pair = doubles((2, 3, 4, 5), (2, 3, 4, 5))
+    laid = [
+        t.detach().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        for t, last in zip(pair, layouts, strict=True)
+    ]
+    laid = [t.requires_grad_() for t in laid]
+    found, want = (
+        torch.autograd.grad(reconstruction_error(*p, "l1").square().sum(), p) for p in (laid, pair)
+    )
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["bce", "bce_logits"])
+def test_targets_that_are_no_probabilities_give_no_gradients_either(kind):
+    x, y = torch.tensor([[0.5, 1.5]], requires_grad=True), torch.tensor([[0.5, 0.5]], requires_grad=True)
+    error = reconstruction_error(x, y, kind)
+    for gradient in torch.autograd.grad(error.sum(), (x, y)):
+        assert gradient.isnan().tolist() == [[False, True]] and error.isnan()
+
+
 def test_errors_are_those_of_pytorch():
     x, y = torch.rand(2, 4, 3, 5).unbind()
     known = {
@@ -110,11 +151,13 @@ def test_errors_are_those_of_pytorch():
         torch.testing.assert_close(reconstruction_error(x, y, kind, 0.4), errors.flatten(1).sum(1))
 
 
-def test_gradient_of_certain_probabilities_is_that_of_pytorch():
+def test_certain_probabilities_are_those_of_pytorch():
     x = torch.tensor([[0.0, 1.0, 1.0, 0.5]])
     y = torch.tensor([[0.0, 1.0, 0.0, 1.0]], requires_grad=True)
-    (got,) = torch.autograd.grad(reconstruction_error(x, y, "bce").sum(), y)
-    (want,) = torch.autograd.grad(F.binary_cross_entropy(y, x, reduction="sum"), y)
+    errors, known = reconstruction_error(x, y, "bce"), F.binary_cross_entropy(y, x, reduction="sum")
+    torch.testing.assert_close(errors.sum(), known)
+    (got,) = torch.autograd.grad(errors.sum(), y)
+    (want,) = torch.autograd.grad(known, y)
     torch.testing.assert_close(got, want)
 
 
@@ -150,6 +193,8 @@ def test_operators_pass_opcheck(name):
         tensors, plan, numbers, kind = doubles(*[(3, 2, 4)] * 2), [0], [1.0], "sse"
         upstream, needs = doubles((3,)), [True] * 3
     torch.library.opcheck(forward, (tensors, [], plan, numbers, kind))
+    half = [tensor.detach().bfloat16() for tensor in tensors]
+    torch.library.opcheck(forward, (half, [], plan, numbers, kind), test_utils="test_faketensor")
     plain = [t.detach() for t in tensors]
     upstream = [t.detach() for t in upstream]
     torch.library.opcheck(backward, (upstream, plain, [], [], needs, plan, numbers, kind))
@@ -205,6 +250,16 @@ WRONG = {
     "noise": (lambda: sample_and_kl(MEAN, MEAN, MEAN[:, :1]), ValueError, r"noise has shape \[2, 1\], mean"),
     "seed": (lambda: sample_and_kl(MEAN, MEAN, seed=MEAN), ValueError, "must be one int64 number on cpu"),
     "number": (lambda: sample_and_kl(MEAN, MEAN, seed=1), TypeError, "seed is 1, must be a tensor"),
+    "seed of two": (
+        lambda: sample_and_kl(MEAN, MEAN, seed=torch.tensor([1, 2])),
+        ValueError,
+        r"of shape \[2\] on cpu, must be one int64",
+    ),
+    "seed type": (
+        lambda: sample_and_kl(MEAN, MEAN, seed=torch.tensor([1], dtype=torch.int32)),
+        ValueError,
+        r"seed is torch.int32 of shape \[1\] on cpu, must be one int64",
+    ),
     "prior": (lambda: gaussian_kl(MEAN, MEAN, prior_mean=MEAN), ValueError, "give both or none"),
     "two priors": (
         lambda: gaussian_kl(MEAN, MEAN, prior_mean=MEAN, prior_logvar=MEAN, prior_std=2.0),

@@ -2,6 +2,7 @@
 definition."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -54,6 +55,30 @@ def test_gradients_of_every_member(members, rows):
     assert torch.autograd.gradcheck(loss, tensors)
 
 
+@pytest.mark.parametrize(("members", "rows"), MEMBERS.values(), ids=MEMBERS)
+def test_options_of_the_definition(members, rows):
+    """Prior, bounds and Huber's delta, as the operator has them."""
+    sources = leaves(chain((3, 2, 2), 3)[: len(members)])
+    options = {"reconstruction": "huber", "huber_delta": 0.3, "prior_std": 0.7, "bounds": (-0.4, 0.5)}
+    loss, statistics = phase(sources, members, table(rows), **options)
+    want, want_statistics, want_gradients = exact(sources, members, table(rows), **options)
+    assert not want_statistics.requires_grad
+    close(loss, want, 1e-6)
+    close(statistics, want_statistics, 1e-6)
+    for got, expected in zip(torch.autograd.grad(loss, distinct(sources)), want_gradients, strict=True):
+        close(got, expected, 4e-6)
+
+
+def test_gradients_of_images_that_several_pairs_share_in_any_order():
+    real, rec, fake = chain((3, 4), 2)
+    again = Source(fake.target, real.prediction)  # one prediction of two pairs
+    for sources in ([rec, real, again], [again, rec, real]):
+        loss, tensors = through(
+            sources, (Member.LINEAR,) * 3, [[0.1, 0, 0, 0], [0.2, 0, 0, 0], [0.4, 0, 0, 0]]
+        )
+        assert torch.autograd.gradcheck(loss, tensors)
+
+
 @pytest.mark.parametrize("kind", RECONSTRUCTIONS)
 def test_gradients_of_every_error(kind):
     loss, tensors = through(
@@ -71,6 +96,42 @@ def test_gradients_of_given_errors():
     ]
     loss, tensors = through(sources, SOFT_MEMBERS, SOFT)
     assert torch.autograd.gradcheck(loss, tensors)
+
+
+MIXED = (Member.LINEAR, Member.LINEAR, Member.EXPONENTIAL)
+
+
+@pytest.mark.parametrize(
+    "members", [(Member.LINEAR,) * 3, MIXED, SOFT_MEMBERS], ids=["linear", "mixed", "soft"]
+)
+@pytest.mark.parametrize("parts", ["pe", "kp", "kke", "ppp", "kkk", "eee"])
+def test_parts_that_are_missing_count_as_zero(poisoned, parts, members):
+    """Not as what the memory of the statistics held before. p: images, k: a posterior, e: errors."""
+    part = {
+        "p": lambda s: Source(s.target, s.prediction),
+        "k": lambda s: Source(mean=s.mean, logvar=s.logvar),
+        "e": lambda s: Source(error=s.target.square().sum(1)),
+    }
+    sources = leaves([part[kind](s) for kind, s in zip(parts, chain((3, 4), 2), strict=False)])
+    members, rows = members[: len(parts)], table([*SOFT[1:], SOFT[1]][: len(parts)])
+    rows[2:, [member == Member.LINEAR for member in members]] = 0
+    loss, statistics = phase(sources, members, rows)
+    want, want_statistics, want_gradients = exact(sources, members, rows)
+    close(loss, want, 1e-6)
+    close(statistics, want_statistics, 1e-6)
+    for got, expected in zip(torch.autograd.grad(loss, distinct(sources)), want_gradients, strict=True):
+        close(got, expected, 4e-6)
+
+
+def test_exponents_above_zero_count_as_zero():
+    sources = leaves([Source(error=torch.tensor([-9.0, 1.0, -3.0]))])
+    rows = table([[1.0, 0, 0.25, 0.5]])
+    loss, _ = phase(sources, [Member.EXPONENTIAL], rows)
+    want, _, (want_gradient,) = exact(sources, [Member.EXPONENTIAL], rows)
+    assert want.item() == pytest.approx(0.25 * (2 + math.exp(-0.5)) / 3)
+    assert want_gradient.tolist() == pytest.approx([-0.125 / 3, -0.125 / 3 * math.exp(-0.5), -0.125 / 3])
+    close(loss, want, 1e-6)
+    close(*torch.autograd.grad(loss, distinct(sources)), want_gradient, 1e-6)
 
 
 @pytest.mark.parametrize("size", [(5,), (70_000,)], ids=["short rows", "long rows"])

@@ -265,6 +265,26 @@ def test_augmentation_moves_and_cuts_by_at_most_what_is_stated():
     assert removed.max() <= 64 + 256 - 14 * 14
 
 
+def test_augmentation_moves_every_way_and_cuts_squares_anywhere():
+    x = torch.arange(1.0, 257).view(1, 1, 16, 16).expand(600, 1, 16, 16)  # a pixel knows its place
+    moves, cuts = set(), []
+    for row in augmented(x, draws(Rows.all(600)).stream("a")).squeeze(1):
+        i, j = row.nonzero(as_tuple=True)
+        places = row[i, j].long() - 1
+        ((down, right),) = torch.stack([i - places // 16, j - places % 16]).unique(dim=1).T.tolist()
+        moves.add((down, right))
+        left = row[max(0, down) : 16 + min(0, down), max(0, right) : 16 + min(0, right)] == 0
+        if left.any():
+            low, high = left.nonzero().aminmax(dim=0)
+            sides = high - low + 1
+            assert left.sum() == sides.prod()
+            inside = (low > 0).all() and (high < torch.tensor(left.shape) - 1).all()
+            assert not inside or abs(sides[0] - sides[1]) <= 1
+            cuts.append((low + high) / 2)
+    assert moves == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
+    assert 200 < len(cuts) < 330 and abs(torch.stack(cuts, 1).corrcoef()[0, 1]) < 0.4
+
+
 def test_augmentation_carries_gradients_and_is_off_in_eval_mode():
     x = torch.rand(16, 3, 16, 16, requires_grad=True)
     out = augmented(x, draws(Rows.all(16)).stream("a"))

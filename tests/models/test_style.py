@@ -127,7 +127,7 @@ def test_default_size_has_the_published_parameters():
         "mapping_tl": 1_050_624,
         "mapping_fl": 2_101_248,
     }
-    assert counts == expected and sum(counts.values()) == 53_926_805
+    assert counts == expected and sum(counts.values()) == 53_926_805 and model.style_mixing == 0.9
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.encoder.blocks]
     assert blocks == [308_416, 836_992, 2_557_696] + [5_769_216] * 4
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.decoder.blocks]
@@ -318,7 +318,9 @@ def test_truncation_pulls_coarse_layers_to_the_average():
     styles = model.styles(z)
     styles[:, :8] = model.dlatent_avg + 0.7 * (styles[:, :8] - model.dlatent_avg)
     expected = model.synthesize(styles, noise="none")
-    torch.testing.assert_close(model.decode(z, noise="none", truncation=0.7), expected, rtol=1e-9, atol=1e-9)
+    for images_of in (model.decode, model.generate):
+        cut = images_of(z, noise="none", truncation=0.7)
+        torch.testing.assert_close(cut, expected, rtol=1e-9, atol=1e-9)
     model.set_level(3, 1.0)
     first, second = model.decode(z, noise="none", truncation=0.0)
     torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-10)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from published_fill import filled, sequence
 
 from sivae_fast.models.two_encoder import TwoEncoderModel
 
@@ -53,6 +54,20 @@ def test_class_reaches_the_picture_through_scale_and_offset_alone():
     assert not torch.equal(model.decode(model.swap(z, torch.randn(2, 9))), model.decode(z))
 
 
+def test_trained_weights_keep_their_meaning():
+    """Numbers of this network itself: where they change, checkpoints of earlier versions are others."""
+    model = small().double()
+    model.load_state_dict(filled(model.state_dict()))
+    mean, logvar = model.encode(0.5 + 0.5 * sequence(1, 2, 3, 16, 16))
+    images = model.decode(sequence(2, 2, 9))
+    found = [*mean[1, [0, 5, 6, 8]], *logvar[1, [0, 8]], images.mean(), images[1, 2, 5, 7]]
+    kept = [
+        *(-0.173908456417, 0.0374233762523, -0.242624681882, 0.322263349374),
+        *(0.423637162371, -0.102676105706, 0.516679179214, 0.109241195976),
+    ]
+    assert [value.item() for value in found] == pytest.approx(kept, rel=1e-9)
+
+
 def test_swap():
     model = small()
     a, b = torch.zeros(1, 9), torch.ones(1, 9)
@@ -72,7 +87,12 @@ def test_every_parameter_is_trained_by_one_phase():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"resolution": 48}, "resolution=48"), ({"width": 3}, "even"), ({"class_size": 0}, "class_size=0")],
+    [
+        ({"resolution": 4}, "resolution=4"),
+        ({"resolution": 48}, "resolution=48"),
+        ({"width": 3}, "even"),
+        ({"class_size": 0}, "class_size=0"),
+    ],
 )
 def test_bad_sizes(options, words):
     with pytest.raises(ValueError, match=words):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from sivae_fast.config import load_config
-from sivae_fast.growth import Schedule
+from sivae_fast.growth import Schedule, Stage
 from sivae_fast.systems import make_schedule
 from tests.training.conftest import ROOT
 
@@ -47,6 +47,39 @@ def test_first_half_of_a_level_is_faded_in(ffhq):
 def test_drops_multiply_the_rate():
     schedule = Schedule(batch=4, learning_rate=1e-3, drops=(100, 200))
     assert [schedule.learning_rate(n) for n in (0, 99, 100, 250)] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-5])
+    halved = Schedule(batch=4, learning_rate=1.0, drops=(200, 100), drop_factor=0.5)
+    assert [halved.learning_rate(n) for n in (99, 150, 200)] == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    "batch, micro_batch, world, pieces",
+    [
+        (12, None, 1, 1),
+        (12, 12, 1, 1),
+        (12, 5, 1, 3),
+        (12, 4, 1, 3),
+        (12, 5, 2, 2),
+        (7, 6, 1, 7),
+        (6, 1, 3, 2),
+    ],
+)
+def test_pieces_are_the_fewest_equal_ones(batch, micro_batch, world, pieces):
+    assert Stage(0, 1.0, batch, 1e-3, None, micro_batch).pieces(world) == pieces
+
+
+def test_stages_are_the_levels_that_are_trained_with_their_own_values():
+    values = {"batch": [8, 4, 2], "learning_rate": [1.0, 2.0, 3.0], "micro_batch": [8, 2, 1]}
+    growing = Schedule(levels=3, images_per_level=10, beta_neg=[3, 2, 1], **values)
+    assert growing.stages() == [
+        Stage(0, 1.0, 8, 1.0, 3, 8),
+        Stage(1, 0.0, 4, 2.0, 2, 2),
+        Stage(2, 0.0, 2, 3.0, 1, 1),
+    ]
+    assert growing.lod(10**6) == 2 and growing.batch(10) == 4
+    assert Schedule(levels=3, **values).stages() == [Stage(2, 1.0, 2, 3.0, None, 1)]
+    assert Schedule(levels=2, images_per_level=10, fade=0, **values).at(10) == Stage(1, 1.0, 4, 2.0, None, 2)
+    with pytest.raises(ValueError, match=r"optim\.learning_rate has 2 values, a model of one size"):
+        Schedule(batch=4, learning_rate=[1e-3, 1e-4])
 
 
 def test_too_few_values_name_the_key():

@@ -1,11 +1,13 @@
 """The published optimizer rule, the equalised learning rate, and averaging."""
 
 import copy
+import types
 
 import pytest
 import torch
 
 from sivae_fast.models.style import StyleModel
+from sivae_fast.training import averaging
 from sivae_fast.training.averaging import Average
 from sivae_fast.training.engine import TorchEngine
 from sivae_fast.training.optim import follows_torch, make_optimizer, parameter_groups, set_learning_rate
@@ -88,6 +90,8 @@ def test_groups_hold_every_parameter_once():
         for name, parameter in zip(group["names"], group["params"], strict=True)
     ]
     assert sorted(name for name, _, _ in found) == sorted(named)
+    for side, own in (("encoder", ("encoder.", "mapping_tl.")), ("decoder", ("decoder.", "mapping_fl."))):
+        assert all(n.startswith(own) for group in parameter_groups(model, side) for n in group["names"])
     assert all(named[name] is parameter for name, parameter, _ in found)
     assert all(factor == model.learning_rate_factors().get(name, 1.0) for name, _, factor in found)
 
@@ -125,8 +129,27 @@ def test_average_has_the_stated_half_life_and_the_style_average():
     for mine, first in zip(average.model().parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(mine, first + 0.5, rtol=1e-9, atol=1e-9)
     assert torch.equal(average.model().dlatent_avg, model.dlatent_avg)
+    assert not average.model().training and not any(p.requires_grad for p in average.model().parameters())
+    again = Average(model, half_life=100)
+    again.load(average.state())
+    for mine, other in zip(again.model().parameters(), average.model().parameters(), strict=True):
+        assert torch.equal(mine, other)
+    average.update(25)
+    for mine, first in zip(average.model().parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(mine, first + 1 - 0.5**1.25, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match=r"average.half_life is 0"):
         Average(model, half_life=0)
+
+
+def test_buffers_are_means_over_ranks_for_a_while(monkeypatch):
+    """Two ranks, of which the other holds twice as much."""
+    ranks = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "all_reduce": lambda t: t.mul_(3)}
+    monkeypatch.setattr(averaging, "dist", types.SimpleNamespace(**ranks))
+    model = small_model()
+    model.dlatent_avg.fill_(4.0)
+    with averaging.averaged_buffers(model):
+        assert (model.dlatent_avg == 6).all() and model._blend == 1
+    assert (model.dlatent_avg == 4).all()
 
 
 def test_loaded_state_continues_in_channels_last_memory():

@@ -1,16 +1,20 @@
 """The minimal schedule computes the update of the published one, with fewer passes."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from sivae_fast.config import make_config
 from sivae_fast.draws import Draws, Rows
+from sivae_fast.growth import Stage
 from sivae_fast.models.mlp import MLPModel
 from sivae_fast.models.style import StyleModel
 from sivae_fast.models.two_encoder import TwoEncoderModel
 from sivae_fast.objectives import IntroVAE, LinearIntroVAE, SoftIntroVAE
+from sivae_fast.training.iteration import Iteration
 from sivae_fast.training.step import Step, posterior_surrogate
 
 BATCH = 4
@@ -118,10 +122,15 @@ def test_schedules_agree_with_a_third_kind_of_fake(gamma_r):
     assert any(not torch.equal(value, other[name]) for name, value in plain.items())
 
 
-def test_swaps_are_written_out():
+@pytest.mark.parametrize("gamma_r, lagged", [(0.0, False), (0.5, False), (0.5, True)])
+def test_swaps_are_written_out(gamma_r, lagged):
     """Both phases against the formulas of the module `objectives`, one plain pass after the other."""
     model, x = swapping_model().double(), torch.rand(BATCH, 3, 8, 8, dtype=torch.float64)
-    draws, step = Draws(5, 640, Rows.all(BATCH)), Step(model, soft_with_swaps())
+    model.prior_std, cut = 0.5, torch.Tensor.detach
+    if lagged:  # the copy is another network, and nothing is detached
+        model.lagged_decoder, cut = True, lambda tensor: tensor
+        model.decode_fake = swapping_model(width=4).double().requires_grad_(False).decode
+    draws, step = Draws(5, 640, Rows.all(BATCH)), Step(model, soft_with_swaps(gamma_r))
     normal = lambda name: draws.stream(name).normal(BATCH, 6, dtype=torch.float64)
     sampled = lambda posterior, name: posterior.mean + (posterior.logvar / 2).exp() * normal(name)
     sse = lambda a, b: (a - b).square().flatten(1).sum(1)
@@ -129,18 +138,29 @@ def test_swaps_are_written_out():
     real = model.encode(x)
     z = sampled(real, "posterior")
     swapped = model.swap(z, z[[1, 0, 3, 2]]).detach()
-    fakes = {"rec": model.decode(z), "fake": model.decode(normal("prior")), "swap": model.decode(swapped)}
+    latents = {"rec": z, "fake": 0.5 * normal("prior"), "swap": swapped}
+    fakes = {name: model.decode(latent) for name, latent in latents.items()}
     weights = {"rec": 0.25, "fake": 0.25, "swap": 0.5}
     encoder = 0.02 * (0.7 * sse(x, fakes["rec"]) + 0.4 * kl(real))
     decoder = 0.02 * 0.7 * sse(x, fakes["rec"])
     for name, fake in fakes.items():
         seen = model.encode(fake.detach())
-        again = model.decode(sampled(seen, f"rec_{name}/z"))
+        again = model.decode_fake(sampled(seen, f"rec_{name}/z"))
         encoder = encoder + weights[name] / 2 * (-0.04 * (0.7 * sse(fake, again) + 2 * kl(seen))).exp()
-        decoder = decoder + 0.02 * 0.4 * weights[name] * kl(model.encode(fake))
+        seen = model.encode(fake)
+        again = model.decode_fake(cut(sampled(seen, f"rec_{name}/z/decoder")))
+        part = 0.4 * kl(seen) + gamma_r * 0.7 * sse(cut(fake), again)
+        decoder = decoder + 0.02 * weights[name] * part
     (loss, statistics), shared = step.encoder_phase(x, draws)
-    torch.testing.assert_close(loss, encoder.mean())
-    torch.testing.assert_close(step.decoder_phase(x, draws, shared).loss, decoder.mean())
+    decoder_loss = step.decoder_phase(x, draws, shared).loss
+    for got, want, trained in (
+        (loss, encoder.mean(), step.encoder_parameters),
+        (decoder_loss, decoder.mean(), step.decoder_parameters),
+    ):
+        torch.testing.assert_close(got, want)
+        gradients = (torch.autograd.grad(value, trained, retain_graph=True) for value in (got, want))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-14)
     assert {"rec_swap", "kl_swap", "exp_elbo_swap"} <= set(statistics)
 
 
@@ -234,11 +254,51 @@ def test_fresh_draws_change_the_decoder_phase_only():
         assert torch.equal(same[name], fresh[name]) == name.startswith("encoder"), name
 
 
+class Recorded(Draws):
+    """Draws that know the names of their streams."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.names = []
+
+    def stream(self, name):
+        self.names.append(name)
+        return super().stream(name)
+
+
+@pytest.mark.parametrize("options", [{"schedule": "published", "fresh_draws": True}, {}], ids=str)
+def test_what_the_decoder_phase_draws_is_drawn_anew(options):
+    model, x = swapping_model(), torch.rand(BATCH, 3, 8, 8)
+    model.random_encoder = True
+    model.encode = lambda x, stream, encode=model.encode: encode(x)
+    step = Step(model, soft_with_swaps(0.5), **options)
+    draws = Recorded(5, 640, Rows.all(BATCH))
+    _, shared = step.encoder_phase(x, draws)
+    first, draws.names = draws.names, []
+    step.decoder_phase(x, draws, shared)
+    assert len(set(first)) == len(first) and len(set(draws.names)) == len(draws.names)
+    assert draws.names and not set(draws.names) & set(first)
+    if options:
+        assert {name.removesuffix("/decoder") for name in draws.names} == set(first)
+
+
+def test_half_precision_posteriors_and_frozen_parameters_stay_what_they_are():
+    """Latents and divergences are float32 under autocast; a parameter the user froze is not thawed."""
+    model, x = swapping_model(), torch.rand(BATCH, 3, 8, 8)
+    frozen = next(model.decoder.parameters()).requires_grad_(False)
+    step = Step(model, soft_with_swaps(), share_forward=False, autocast=torch.bfloat16)
+    loss, shared = step.encoder_phase(x, Draws(0, 0, Rows.all(BATCH)))
+    assert shared.decoded is None and shared.z.dtype == torch.float32
+    assert all(values.dtype == torch.float32 for values in loss.statistics.values())
+    assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_autocast_keeps_gradients_on_their_side(dtype):
     model, x = style_model().float(), torch.randn(BATCH, 3, 16, 16)
     step = Step(model, soft(), autocast=dtype)
     loss, shared = step.encoder_phase(x, Draws(0, 0, Rows.all(BATCH)))
+    assert shared.decoded[0].dtype == (dtype or torch.float32)
     loss.loss.backward()
     assert all(p.grad is None for p in step.decoder_parameters)
     for p in step.encoder_parameters:
@@ -255,3 +315,51 @@ def test_bad_options_name_what_is_accepted():
         Step(mlp_model(), soft(), fresh_draws=True)
     with pytest.raises(ValueError, match="weighs the fakes rec, fake, the model makes rec, fake, swap"):
         Step(swapping_model(), soft())
+
+
+def iteration(**sections) -> Iteration:
+    """Of a network for points in the plane."""
+    config = {
+        "model": {"kind": "mlp", "width": 16, "hidden_layers": 2},
+        "data": {"kind": "density", "name": "rings"},
+        "objective": {"beta_rec": 0.2, "beta_kl": 0.3, "beta_neg": 0.9},
+        "train": {"batch": 12, "images": 1000, "warmup_images": 12, **sections.pop("train", {})},
+        **sections,
+    }
+    return Iteration(make_config(config), (2,), 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("images", [0, 12])
+def test_pieces_of_an_iteration_are_its_batch(images):
+    """Warming up and after; gradients before they are taken, and the statistics of all images."""
+    x = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    found = []
+    for micro_batch in (None, 4):
+        made = iteration()
+        made.images, steps = images, []
+        for name, engine in made.engines.items():
+            engine.step = partial(steps.append, name)
+        made.iterate(x, Stage(0, 1.0, 12, 1e-3, 0.9, micro_batch))
+        assert sorted(steps) == ["decoder", "encoder"]
+        assert made.step.shares_forward == (micro_batch is None)
+        found.append(([p.grad for p in made.model.parameters()], made.meter.totals()))
+    (gradients, totals), (in_pieces, totals_of_pieces) = found
+    assert ("loss_vae" in totals) == (images == 0) and ("loss_decoder" in totals) == ("kl_fake" in totals)
+    assert {count for _, count in totals.values()} == {12}
+    assert totals_of_pieces == {name: pytest.approx(total, rel=1e-4) for name, total in totals.items()}
+    for whole, pieces in zip(gradients, in_pieces, strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=1e-6)
+
+
+def test_an_iteration_takes_its_options_from_the_configuration():
+    made = iteration(
+        train={"schedule": "published", "fresh_draws": True},
+        optim={"betas": [0.1, 0.5], "eps": 1e-3, "published_eps": True},
+        average={"half_life": None},
+    )
+    assert made.step.fresh_draws and not made.step.may_share and made.average is None
+    made.iterate(torch.randn(12, 2), Stage(0, 1.0, 12, 1e-3, 0.9))
+    for engine in made.engines.values():
+        group = engine.optimizer.param_groups[0]
+        assert group["betas"] == (0.1, 0.5) and group["eps"] == pytest.approx(1e-3 / 0.5**0.5)
+    assert iteration(average={"half_life": 7}).average.half_life == 7
