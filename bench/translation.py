@@ -23,7 +23,7 @@ from torch import Tensor
 from sivae_fast.config import load_config
 from sivae_fast.data.factors import Factors
 from sivae_fast.data.made_images import ACROSS, AWAY, COLOURS, SHAPES, TURNS
-from sivae_fast.evaluation import translation
+from sivae_fast.evaluation import reconstruction, translation
 from sivae_fast.files import write_text
 from sivae_fast.inference import Inference
 from sivae_fast.measure_translation import CODES, ERRORS, Functions, Swaps, error_functions, to_float
@@ -110,7 +110,7 @@ def by_factor(model, factors: Factors, z: Tensor, count: int = 200) -> dict[str,
         right, wrong = (first, second) if name in ("shape", "colour") else (second, first)
         swapped = decode(model, model.swap(z[first], z[second]))
         found[name] = {
-            key: translation.mse(swapped, to_float(factors.images[of])).mean().item()
+            key: reconstruction.mse(swapped, to_float(factors.images[of])).mean().item()
             for key, of in (("to_the_right", right), ("to_the_other", wrong))
         }
     return found

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from sivae_fast.data.factors import Factors
-from sivae_fast.evaluation import translation
-from sivae_fast.evaluation.reconstruction import load_lpips
+from sivae_fast.evaluation import reconstruction, translation
 from sivae_fast.evaluation.sharing import gather, rank, share, summed
 from sivae_fast.inference import Inference
 from sivae_fast.run import append_metric
@@ -26,7 +25,8 @@ CODES = ("class", "content")
 PROBES = tuple(f"{factor}_from_{code}_code" for code in CODES for factor in CODES)
 METRICS = (*SWAPS, *ERRORS, *PROBES)
 
-Functions = Mapping[str, translation.ImageError]
+ImageError = Callable[[Tensor, Tensor], Tensor]  # (images, truth) [B, C, R, R] in [0, 1] -> [B]
+Functions = Mapping[str, ImageError]
 
 
 def evaluate_translation(
@@ -87,10 +87,12 @@ def errors_of(metrics: Iterable[str]) -> list[str]:
     return [name for name in ERRORS if name in names]
 
 
-def error_functions(names: Iterable[str], weights=None, device="cpu") -> dict[str, translation.ImageError]:
-    """Functions of (images, truth) [B, C, R, R] in [0, 1] -> [B], by their names in `ERRORS`."""
-    found = {"mse": translation.mse, "ssim": translation.ssim}
-    return {name: load_lpips(weights, device) if name == "lpips" else found[name] for name in names}
+def error_functions(names: Iterable[str], weights=None, device="cpu") -> dict[str, ImageError]:
+    """Functions by their names in `ERRORS`; weights: those of LPIPS, as `load_lpips` takes them."""
+    known = reconstruction.METRICS
+    return {
+        name: reconstruction.load_lpips(weights, device) if name == "lpips" else known[name] for name in names
+    }
 
 
 class Swaps:

@@ -1,4 +1,4 @@
-"""Metrics of image translation: swapped images against their ground truth, and what each code knows."""
+"""Image translation: whose codes are swapped, what each code knows, and the grid of the paper."""
 
 from __future__ import annotations
 
@@ -10,36 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sivae_fast.figures import save_grid
-
-ImageError = Callable[[Tensor, Tensor], Tensor]  # (images, truth) [B, C, R, R] in [0, 1] -> [B]
-
-
-def mse(images: Tensor, truth: Tensor) -> Tensor:
-    """Mean squared error of each image: [B, C, R, R] in [0, 1] to [B]."""
-    return (images - truth).square().flatten(1).mean(1)
-
-
-def ssim(images: Tensor, truth: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """Structural similarity of each image: [B, C, R, R] in [0, 1] to [B], 1 where equal (Wang et al., 2004).
-
-    Gaussian window, constants 0.01 and 0.03, means over the places where the window fits, as published.
-    Raises ValueError for images smaller than the window.
-    """
-    if min(images.shape[2:]) < window:
-        raise ValueError(
-            f"images are {images.shape[2]}x{images.shape[3]}: SSIM needs at least {window}x{window}"
-        )
-    x = torch.arange(window, dtype=images.dtype, device=images.device) - (window - 1) / 2
-    line = (-x.square() / (2 * sigma**2)).exp()
-    line = line / line.sum()
-    channels = images.shape[1]
-    kernel = (line[:, None] * line).expand(channels, 1, window, window)
-    blur = lambda image: F.conv2d(image, kernel, groups=channels)
-    a, b = blur(images), blur(truth)
-    aa, bb, ab = blur(images * images) - a * a, blur(truth * truth) - b * b, blur(images * truth) - a * b
-    c1, c2 = 0.01**2, 0.03**2
-    index = (2 * a * b + c1) * (2 * ab + c2) / ((a * a + b * b + c1) * (aa + bb + c2))
-    return index.flatten(1).mean(1)
 
 
 def swap_pairs(classes: Tensor, contents: Tensor, among: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -81,8 +51,7 @@ def probe_accuracy(codes: Tensor, labels: Tensor, test: Tensor) -> float:
         value.backward()
         return value
 
-    with torch.enable_grad():
-        solver.step(loss)
+    solver.step(loss)
     guess = (codes[test] @ weight + bias).argmax(1)
     return (guess == labels[test]).double().mean().item()
 

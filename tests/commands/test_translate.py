@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 
 import sivae_fast
-from sivae_fast import measure_translation
 from sivae_fast.checkpoint import load
 from sivae_fast.cli import main
 from sivae_fast.data.factors import load_factors
-from sivae_fast.evaluation import translation
+from sivae_fast.evaluation import reconstruction, translation
 from sivae_fast.figures import save_image
 from sivae_fast.inference import Inference
 from sivae_fast.measure_translation import METRICS, Swaps, evaluate_translation
@@ -46,7 +45,7 @@ def test_the_measures_are_those_of_the_functions(run, runs, made):
         "image_that_gives_the_content": images[others],
         "mean_image": images.mean(0).expand_as(truth),
     }
-    for name, function in (("mse", translation.mse), ("ssim", translation.ssim)):
+    for name, function in (("mse", reconstruction.mse), ("ssim", reconstruction.ssim)):
         for answer, made_up in answers.items():
             expected = function(made_up, truth).mean().item()
             assert found[f"swap_{name}"][answer] == pytest.approx(expected, rel=1e-4)
@@ -84,7 +83,7 @@ def test_lpips_where_its_weights_are_given(run, runs, monkeypatch, capsys, tmp_p
     assert main(["evaluate", str(runs.translation), "--metrics", "lpips", "--weights", str(tmp_path)]) == 1
     assert "LPIPS needs AlexNet, download" in capsys.readouterr().err
     monkeypatch.setattr(
-        measure_translation, "load_lpips", lambda weights, device: lambda x, y: torch.full((len(x),), 7.0)
+        reconstruction, "load_lpips", lambda weights, device: lambda x, y: torch.full((len(x),), 7.0)
     )
     found = evaluate_translation(run, count=20, weights="there")
     assert list(found) == list(METRICS)

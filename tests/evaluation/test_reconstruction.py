@@ -42,6 +42,19 @@ def test_ssim_is_one_for_equal_images_and_the_windowed_formula_otherwise():
     assert ssim(x, y)[1].item() == pytest.approx(np.mean(maps), rel=1e-10)
 
 
+def test_ssim_of_flat_images_compares_their_luminance_alone():
+    black, grey = torch.zeros(2, 3, 16, 16), torch.full((2, 3, 16, 16), 0.5)
+    assert ssim(black, grey).tolist() == pytest.approx([1e-4 / (0.25 + 1e-4)] * 2, rel=1e-4)
+
+
+def test_ssim_falls_with_noise():
+    torch.manual_seed(0)
+    image = torch.rand(1, 1, 32, 32)
+    noise = torch.randn_like(image)
+    scores = [ssim(image, image + s * noise).item() for s in (0, 0.1, 0.3, 1)]
+    assert scores == sorted(scores, reverse=True) and scores[1] > 0.8 and scores[3] < 0.4
+
+
 def test_ssim_refuses_images_that_its_window_does_not_fit():
     x, y = pair(size=12)
     assert ssim(x[..., :11], y[..., :11]).shape == (2,)
