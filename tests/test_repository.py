@@ -1,10 +1,14 @@
 """What holds for the repository as a whole: import rules, style, and losses that need torch alone."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tests import conftest
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,3 +58,19 @@ objective.vae(sivae_fast.Term(x, model.decode(z), posterior)).loss.backward()
 def test_readme_table_is_that_of_the_result_files():
     done = run(sys.executable, "bench/table.py", "--check")
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("marks", "devices"),
+    [
+        ("not slow and not gpu and not cluster", ""),
+        ("slow", ""),
+        ("gpu", "0"),
+        ("gpu and not slow", "0"),
+        ("", "0"),
+    ],
+)
+def test_only_tests_marked_gpu_see_one(marks, devices, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=marks)))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == devices

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from sivae_fast.config import Config
+from sivae_fast.systems import levels
 from sivae_fast.training.meter import first_not_finite
 
 logger = logging.getLogger("sivae_fast")
@@ -79,7 +80,8 @@ class Guard:
 
     def _advice(self, what: str, values: dict[str, float], lod: int, images: int) -> str:
         """The first sentence says what happened, the others what to do."""
-        where = f"at level {lod} ({4 << lod} pixels), after {images:,} images"
+        grows = levels(self._config) > 1
+        where = f"at level {lod} ({4 << lod} pixels), " * grows + f"after {images:,} images"
         back = "There is no checkpoint yet"
         if self.checkpoint is not None:
             back = f"The checkpoint at {self.checkpoint:,} images is from before: guard.rollbacks=N goes "

@@ -146,9 +146,9 @@ def test_lpips_where_its_weights_are(tmp_path, settings, monkeypatch):
 
     def load_lpips(weights, device):
         given.append(weights)
-        return lambda x, y: torch.full((len(x),), 7.0)
+        return lambda x, y: x.new_full((len(x),), 7.0)
 
-    monkeypatch.setattr(measure_translation, "load_lpips", load_lpips)
+    monkeypatch.setattr(reconstruction, "load_lpips", load_lpips)
     monkeypatch.setitem(reconstruction.SMALLEST, "lpips", 16)  # the model's size
     measured = {"every": 48, "metrics": ["swap_lpips", "lpips"], "weights": "there"}
     found = read_metrics(train(settings("translation", tmp_path, measured)))

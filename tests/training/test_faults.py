@@ -239,6 +239,14 @@ def test_divergence_before_any_checkpoint_stops(training, spoilt):
         training("early", guard__rollbacks=5)
 
 
+def test_a_model_of_one_size_has_no_level():
+    advice = r"^training diverged: kl_real is not finite after 48 images \(beta_neg"
+    with pytest.raises(Diverged, match=advice):
+        Guard(make_config({"model": {"kind": "mlp"}, "data": {"kind": "density"}})).check_finite(
+            {"kl_real": float("nan"), "loss_encoder": 1.0}, 0, 48
+        )
+
+
 def test_advice_fits_the_phase_and_the_checkpoints(training, spoilt):
     spoilt(80, float("nan"))
     with pytest.raises(Diverged, match=r"higher objective\.beta_neg .* The checkpoint at 64 images is from"):
