@@ -17,6 +17,8 @@ from sivae_fast.checkpoint import (
     load,
     load_checkpoint,
     load_newest,
+    load_weights,
+    part,
     remove_after,
     save_checkpoint,
     save_snapshot,
@@ -64,6 +66,49 @@ def test_the_newest_planned_one_outlives_those_of_signals(tmp_path):
     assert sorted(int(path.stem) for path in tmp_path.glob("*.json")) == [20, 40, 50]
     assert load_newest(tmp_path)[1]["images"] == 50
     assert load_newest(tmp_path, planned=True)[1]["images"] == 20
+
+
+def test_the_one_that_was_just_written_stays_and_those_of_earlier_versions_count_as_planned(tmp_path):
+    for images in (30, 40, 20):  # 20: training went back, and the others could not be removed
+        path = save_checkpoint(tmp_path, images, tensors(images), {}, keep=1)
+        assert load_checkpoint(path)[1]["images"] == images
+    assert load_newest(tmp_path, planned=True)[1]["images"] == 40
+
+
+def test_a_damaged_one_does_not_hinder_the_next(tmp_path):
+    truncate_the_json(save_checkpoint(tmp_path, 10, tensors(1.0), {"planned": True}, keep=1))
+    save_checkpoint(tmp_path, 20, tensors(2.0), {"planned": False}, keep=1)
+    assert load_newest(tmp_path)[1]["images"] == 20
+
+
+def test_tensors_are_on_the_disk_before_their_name_and_their_json(tmp_path, monkeypatch):
+    path, synced, sync = tmp_path / "0000000010.safetensors", [], os.fsync
+
+    def note(descriptor):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append((name.rpartition(".")[2], path.exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    save_checkpoint(tmp_path, 10, tensors(1.0), {}, keep=1)
+    assert synced[:2] == [("safetensors", False), ("tmp", True)]
+
+
+def test_tensors_of_one_rank_are_not_those_of_the_tenth():
+    assert part({"rank1/a": 1, "rank10/a": 10, "rank1": 0}, "rank1") == {"a": 1}
+
+
+def test_a_run_without_checkpoints_is_its_newest_snapshot(tmp_path, config):
+    for images in (10, 20):
+        path = tmp_path / "snapshots" / f"{images:010d}.safetensors"
+        save_snapshot(path, make_model(config), config, images)
+    assert load(tmp_path).images == 20
+
+
+def test_tensors_that_a_model_has_not_are_named(config):
+    model = make_model(config)
+    with pytest.raises(CheckpointError, match=r"^a is of another architecture: more is unknown$"):
+        load_weights(model, {**model.state_dict(), "more": torch.zeros(1)}, "a")
 
 
 def kill_before_the_json(path):
@@ -247,6 +292,10 @@ def test_a_half_grown_model_is_at_the_level_it_had_reached(tmp_path):
     model = load(tmp_path / "half.safetensors")
     assert model.lod == 1 and model.fading
     assert model.generate(torch.randn(2, 8)).shape == (2, 3, 8, 8)
+    save_snapshot(tmp_path / "end.safetensors", make_model(config), config, 100)
+    assert load(tmp_path / "end.safetensors").lod == 0  # no image of the next level was seen
+    save_snapshot(tmp_path / "begin.safetensors", make_model(config), config, 0)
+    assert load(tmp_path / "begin.safetensors").lod == 0
 
 
 def test_wrong_files_are_named(tmp_path, config):

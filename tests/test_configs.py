@@ -109,6 +109,19 @@ def test_the_bootstrap_variant_differs_in_its_own_settings_alone():
         assert make_model(load("bootstrap-cifar10")).lagged_decoder
 
 
+def test_what_may_change_on_resume_and_what_makes_another_run():
+    free = ["run.name=b", "run.tick=1", "engine.zero=1", "evaluate.every=10", "guard.rollbacks=3"]
+    free += ["train.images=5", "train.micro_batch=2", "train.recompute=true", "train.compile=true"]
+    free += ["data.loader=torch", "data.workers=2", "data.cache_gib=0"]
+    bound = ["train.batch=8", "train.seed=1", "train.warmup_images=10", "train.precision=bf16"]
+    bound += ["train.schedule=published", "optim.learning_rate=0.1", "average.half_life=5"]
+    bound += ["objective.beta_neg=3", "model.latent_size=4", "data.flip=false", "data.path=other"]
+    bound += ["growth.fade=0.125"]
+    identity = load("quickstart").identity()
+    assert [change for change in free if load("quickstart", change).identity() != identity] == []
+    assert [change for change in bound if load("quickstart", change).identity() == identity] == []
+
+
 @pytest.mark.parametrize(
     "setting, message",
     [
@@ -162,6 +175,37 @@ def test_weights_that_would_do_nothing_are_refused(overrides, message):
     with pytest.raises(ConfigError) as caught:
         load("cifar10", *(f"objective.{override}" for override in overrides))
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("cifar10", ["growth.images_per_level=9"], "growth.images_per_level=9 needs model.kind=style, "),
+        ("cifar10", ["train.compile=true"], "train.compile=true needs model.kind=style, got model.kind=res"),
+        ("cifar10", ["objective.perceptual_weights=a"], "objective.perceptual_weights=a: perceptual needs "),
+        ("density-rings", ["evaluate.every=9"], "evaluate.every=9 needs model.kind to be one of style, "),
+        (
+            "pointclouds",
+            ["evaluate.every=9", "evaluate.weights=a"],
+            "evaluate.weights=a needs model.kind to be one of style, residual, two_encoder, got pointnet: ",
+        ),
+        (
+            "translation",
+            ["evaluate.every=9", "evaluate.features=random"],
+            "evaluate.features=random needs model.kind to be one of style, residual, got two_encoder: ",
+        ),
+    ],
+)
+def test_settings_of_other_models_are_refused(name, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load(name, *overrides)
+    assert message in str(caught.value)
+
+
+def test_settings_that_do_nothing_yet_are_accepted():
+    assert load("pointclouds", "evaluate.weights=a").evaluate.every is None
+    assert load("translation", "evaluate.every=9", "evaluate.weights=a", "data={kind: images, path: a}")
+    assert load("quickstart", "data={kind: factors}").data.path is None
 
 
 @pytest.mark.parametrize("kind", ["vae", "introvae", "soft_introvae"])

@@ -1,5 +1,6 @@
 import errno
 import os
+import stat
 
 import pytest
 import torch
@@ -34,6 +35,20 @@ def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
+def test_a_file_is_on_the_disk_before_its_name_and_then_the_name(tmp_path, monkeypatch):
+    """What a machine that loses its power finds is what was synced, in this order."""
+    path, synced, sync = tmp_path / "a.txt", [], os.fsync
+
+    def note(descriptor):
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append(("names", path.exists()) if folder else (os.fstat(descriptor).st_size, path.exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    files.write_text(path, "text")
+    assert synced == [(4, False), ("names", True)]
+
+
 def test_a_folder_gets_all_files_or_none(tmp_path, monkeypatch):
     folder = tmp_path / "new" / "folder"
     with files.filling(folder) as place:
@@ -51,6 +66,10 @@ def test_a_folder_gets_all_files_or_none(tmp_path, monkeypatch):
         files.write_text(place / "a.txt", "a")
         raise RuntimeError("stop")
     assert not (tmp_path / "other").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RuntimeError, match="stop"), files.filling(tmp_path / "empty"):
+        raise RuntimeError("stop")
+    assert (tmp_path / "empty").is_dir()
 
 
 def test_errors_name_the_file_that_was_asked_for(tmp_path, monkeypatch):
@@ -141,3 +160,18 @@ def test_keep_lines_drops_what_lies_beyond(tmp_path):
     files.keep_lines(path, 200)
     files.append_line(path, {"images": 250})
     assert [record["images"] for record in files.read_lines(path)] == [100, 200, 250]
+
+
+def test_lines_that_cannot_be_dropped_all_stay(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    for images in (100, 200):
+        files.append_line(path, {"images": images})
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"no space left.*log\.jsonl; the previous file is unchanged"):
+        files.keep_lines(path, 100)
+    assert path.read_bytes() == before

@@ -68,6 +68,7 @@ def test_run_new_makes_one_run_a_launch(tmp_path, monkeypatch):
     assert start({"TORCHELASTIC_ERROR_FILE": "/tmp/a/error.json"}) == "00005"  # somebody's own
     assert start({"TORCHELASTIC_ERROR_FILE": "/tmp/a/error.json"}) == "00006"
     assert start({}, new=False) == "00006"
+    assert start(elastic("none_x5", 0), new=False) == "00006"  # a launch goes on with what others made
 
 
 def test_a_run_of_an_earlier_version_is_found(tmp_path):
@@ -93,7 +94,8 @@ def test_a_run_in_use_is_refused_and_free_after_close(tmp_path):
         Run.open(run.folder)
     run.close()
     run.close()
-    Run.open(run.folder).close()
+    with Run.open(run.folder), pytest.raises(RuntimeError, match=rf"\(process {os.getpid()}\)"):
+        Run.open(run.folder)
     with pytest.raises(FileNotFoundError, match="not a run folder"):
         Run.open(tmp_path)
 
@@ -136,10 +138,47 @@ def test_stats_metrics_and_their_truncation(tmp_path):
     with Run.open(run.folder) as run:
         run.truncate_after(200)
         run.stats({"images": 250, "loss": 0.0})
+        run.stats({"images": 300, "loss": 0.0})
+        assert [line["images"] for line in read_stats(run.folder)] == [100, 200, 250, 300]
+        run.truncate_after(250)
     assert [line["images"] for line in read_stats(run.folder)] == [100, 200, 250]
     assert read_metrics(run.folder) == {"fid": [{"images": 100, "value": 50.0, "snapshot": "s100"}]}
     with pytest.raises(ValueError, match="metric name"):
         append_metric(run.folder, "../x", {})
+
+
+def test_lines_that_could_not_be_dropped_are_before_the_next_one(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with Run.create(tmp_path, "a", {}) as run:
+        for images in (100, 200, 300):
+            run.stats({"images": images})
+        run.metric("fid", {"images": 300, "value": 40.0})
+
+        def fail(*counts):
+            with monkeypatch.context() as disk:
+                disk.setattr(run_module, "keep_lines", full)
+                for images in counts:
+                    with pytest.raises(OSError, match="No space"):
+                        run.truncate_after(images)
+
+        fail(100, 200)  # the lower one counts: what lies above was left
+        run.metric("fid", {"images": 150, "value": 50.0})
+        assert [line["images"] for line in read_stats(run.folder)] == [100]
+        assert [line["images"] for line in read_metrics(run.folder)["fid"]] == [150]
+        fail(50)
+        run.stats({"images": 120})
+    assert [line["images"] for line in read_stats(run.folder)] == [120]
+    assert read_metrics(run.folder)["fid"] == []
+
+
+def test_a_number_that_another_run_took_in_the_meantime(tmp_path, monkeypatch):
+    listed = iter([[], [0]])
+    monkeypatch.setattr(run_module, "_numbers", lambda root: next(listed))
+    (tmp_path / "00000-a").mkdir()
+    with Run.create(tmp_path, "a", {}) as run:
+        assert run.folder.name == "00001-a"
 
 
 def test_tensorboard_reads_the_events_and_forgets_what_a_resumed_run_repeats(tmp_path):
@@ -149,9 +188,12 @@ def test_tensorboard_reads_the_events_and_forgets_what_a_resumed_run_repeats(tmp
             run.stats({"images": images, "loss": float(images), "nan": float("nan")})
     with Run.open(run.folder) as run:
         run.truncate_after(100)
-        run.stats({"images": 200, "loss": -1.0})
+        run.stats({"images": 200, "loss": -1.5, "lod": 2})
+        run.truncate_after(100)  # by a running one, after it diverged
+        run.stats({"images": 200, "loss": -1.0, "lod": 3})
     events = accumulator.EventAccumulator(str(run.folder)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(100, 100.0), (200, -1.0)]
+    assert [event.value for event in events.Scalars("lod")] == [3.0]
     assert "images" not in events.Tags()["scalars"]
 
 

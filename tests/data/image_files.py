@@ -40,3 +40,12 @@ def stylegan_names(count: int, suffix: str = ".png") -> list[str]:
 def png_zip(path, count: int = 21, size: int = 16):
     """A StyleGAN zip of colour PNG files."""
     return write_zip(path, {n: encoded(picture(i, size, size)) for i, n in enumerate(stylegan_names(count))})
+
+
+def everything(path):
+    """Name to bytes of a finished set, folder or zip."""
+    if path.is_dir():
+        return {f.relative_to(path).as_posix(): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        return {name: archive.read(name) for name in archive.namelist()}

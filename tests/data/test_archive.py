@@ -40,6 +40,31 @@ def test_stylegan_zip_with_stored_png(png_set):
         assert np.array_equal(images.decode(i), np.asarray(picture(i)))
 
 
+def test_a_zip_is_read_as_the_folder_whatever_its_order_and_its_extra_fields(tmp_path):
+    """As the program zip writes it: in the order of the disk, with times of its own in every header."""
+    files = files_of(5)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name in reversed(files):
+            member = zipfile.ZipInfo(name)
+            member.extra = b"UT\5\0\3" + bytes(4)
+            archive.writestr(member, files[name])
+    packed, plain = ImageSet(tmp_path / "set.zip"), ImageSet(write_folder(tmp_path / "set", files))
+    assert packed.names == plain.names
+    assert [packed.read(i) for i in range(5)] == [plain.read(i) for i in range(5)]
+
+
+def test_the_checksum_changes_with_names_and_content(tmp_path):
+    files = files_of(70)
+    names = list(files)
+    renamed = {name.replace("3.png", "3a.png"): data for name, data in files.items()}  # in the same order
+    first, inner = (files | {names[i]: encoded(picture(99))} for i in (0, 11))
+    sets = {"same": files, "renamed": renamed, "first": first, "inner": inner}
+    packed = {name: ImageSet(write_zip(tmp_path / f"{name}.zip", held)) for name, held in sets.items()}
+    plain = {name: ImageSet(write_folder(tmp_path / name, held)) for name, held in sets.items()}
+    assert len({images.checksum() for images in packed.values()}) == 4
+    assert len({images.checksum() for name, images in plain.items() if name != "inner"}) == 3  # 64 are read
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_jpeg_zip_stored_or_deflated(tmp_path, compression):
     files = files_of(kind="jpeg", quality=90)
@@ -62,7 +87,7 @@ def test_links_that_lead_back_are_followed_once(tmp_path):
 
 def test_labels_of_dataset_json(tmp_path):
     files = files_of(4)
-    pairs = [[name, 3 - i] for i, name in enumerate(files)]
+    pairs = [[name, 3 - i] for i, name in enumerate(files)][::-1]  # in an order of its own
     images = ImageSet(
         write_zip(tmp_path / "c.zip", files | {"dataset.json": json.dumps({"labels": pairs}).encode()})
     )
@@ -115,6 +140,8 @@ def test_grey_colour_and_palette(tmp_path):
     mixed = {"0.png": encoded(picture(0, mode="L")), "1.png": encoded(picture(1).quantize(16))}
     images = ImageSet(write_folder(tmp_path / "mixed", mixed))
     assert images.channels == 3
+    mixed["2.png"] = mixed["0.png"]
+    assert ImageSet(write_folder(tmp_path / "mixed", mixed)).channels == 3
     assert np.array_equal(images.decode(0), np.asarray(picture(0, mode="L").convert("RGB")))
 
 

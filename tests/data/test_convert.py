@@ -37,12 +37,19 @@ def test_sixteen_bit_files_of_small_numbers_are_not_black():
     assert np.array_equal(pixels(encoded(Image.fromarray(small)), grey=True), small.astype(np.uint8))
 
 
+def test_deeper_levels_than_there_are_become_black_or_white():
+    wide = np.array([[-5, 0, 70_000, 65_535]] * 4, np.int32)
+    data = encoded(Image.fromarray(wide), "tiff")
+    assert pixels(data, resolution=4, grey=True)[0].tolist() == [0, 0, 255, 255]
+
+
 def test_alpha_lies_on_the_background():
     image = Image.new("RGBA", (16, 16), (200, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 8, 16))
     assert pixels(encoded(image))[0, 0].tolist() == [255, 255, 255]
     assert pixels(encoded(image), background="black")[0, 0].tolist() == [0, 0, 0]
     assert pixels(encoded(image))[0, 15].tolist() == [200, 0, 0]
+    assert pixels(encoded(image.convert("LA")), grey=True)[0, [0, 15]].tolist() == [255, 60]
     transparent = image.convert("RGB").quantize(4)
     index = transparent.getpixel((0, 0))
     assert pixels(encoded(transparent, transparency=index))[0, 0].tolist() == [255, 255, 255]
@@ -76,6 +83,12 @@ def test_resizing_is_antialiased(filter):
     assert np.abs(result - 127).max() <= 3
 
 
+def test_other_formats_than_those_of_photographs_are_not_tried():
+    """Some decoders of Pillow start programs or were never hardened against files of strangers."""
+    for kind in ("ppm", "pcx", "ico", "tga"):
+        assert convert(encoded(picture(0), kind), Recipe(16)).problem == "not a picture", kind
+
+
 def test_box_is_the_mean():
     """Within one level: Pillow rounds between its two passes."""
     fine = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -91,6 +104,11 @@ def test_crop_takes_the_centre_and_fit_shows_all():
     assert (pixels(data)[:, 3:-3] == (0, 200, 0)).all()
     fitted = pixels(data, fit="fit", background="white")
     assert (fitted[:4] == 255).all() and (fitted[12:] == 255).all()
+    assert (pixels(data, fit="fit", background="black")[:4] == 0).all()
+    tall = encoded(Image.fromarray(wide.transpose(1, 0, 2)))
+    assert (pixels(tall)[3:-3] == (0, 200, 0)).all()
+    line = pixels(encoded(Image.new("RGB", (200, 1), "black")), fit="fit")
+    assert [(row == 0).all() for row in line].count(True) == 1
     assert fitted[8, 0].tolist() == [0, 0, 0] and fitted[8, 8].tolist() == [0, 200, 0]
     stretched = pixels(data, fit="stretch")
     assert stretched[0, 0].tolist() == [0, 0, 0] and stretched[0, 8].tolist() == [0, 200, 0]

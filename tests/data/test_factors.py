@@ -47,6 +47,7 @@ def test_find(made):
     found = made.find(torch.tensor([3, 0]), torch.tensor([5, 74]))
     assert found.tolist() == [3 * CONTENTS + 5, 74]
     assert made.find(torch.tensor([99, 1]), torch.tensor([0, -1])).tolist() == [-1, -1]
+    assert made.find(torch.tensor([0, 0]), torch.tensor([CONTENTS, CONTENTS - 1])).tolist() == [-1, 74]
 
 
 def write_cars(folder, cars=12, azimuths=3, elevations=2):
@@ -62,6 +63,8 @@ def test_cars3d(tmp_path):
     views = write_cars(tmp_path / "cars")
     cars = load_factors(tmp_path, 8)
     assert cars.images.shape == (72, 8, 8, 3) and cars.images.dtype == torch.uint8
+    inner = cars.find(torch.tensor([4]), torch.tensor([1 * 2 + 1]))
+    assert np.array_equal(cars.images[inner[0]].numpy(), views[4, :, :, :, 1, 1])
     number = cars.find(torch.tensor([4]), torch.tensor([2 * 2 + 1]))
     assert np.array_equal(cars.images[number[0]].numpy(), views[4, :, :, :, 2, 1])
     assert cars.classes[cars.test].unique().tolist() == [9]
@@ -127,6 +130,17 @@ def test_smallnorb_with_other_pictures(tmp_path, dat, magic):
         load_factors(tmp_path, 6)
 
 
+@pytest.mark.parametrize("column", [0, 1, 3], ids=["instance", "elevation", "lighting"])
+def test_smallnorb_of_other_instances_elevations_and_lighting_is_of_other_classes(tmp_path, column):
+    write_norb(tmp_path)
+    info = np.stack([np.zeros(40), np.zeros(40), 2 * (np.arange(40) % 8), np.zeros(40)], 1).astype("<i4")
+    info[20:, column] = 1
+    (tmp_path / "smallnorb-5x2-training-info.mat").write_bytes(norb(info, 0x1E3D4C54, pad=1))
+    found = load_factors(tmp_path, 6)
+    assert len(found.classes.unique()) == 2 * 6  # the category in the middle is split
+    assert found.contents.unique().tolist() == list(range(8))
+
+
 def test_smallnorb_without_its_factors(tmp_path):
     write_norb(tmp_path)
     (tmp_path / "smallnorb-5x2-readme.txt").write_text("no part of the set")
@@ -152,6 +166,12 @@ def test_shapes3d(tmp_path):
     found = load_factors(tmp_path / "3dshapes.h5", 4)
     assert np.array_equal(found.images.numpy(), images)
     assert found.find(torch.tensor([2]), torch.tensor([3])).tolist() == [11]
+    for column in range(5):  # each of the hues, the scale and the shape tells a class
+        labels = np.zeros((20, 6))
+        labels[:, column], labels[:, 5] = np.arange(20) // 4, np.arange(20) % 4
+        with h5py.File(tmp_path / "one.h5", "w") as file:
+            file["images"], file["labels"] = images, labels
+        assert load_factors(tmp_path / "one.h5", 4).classes.tolist() == labels[:, column].tolist()
     with h5py.File(tmp_path / "bad.h5", "w") as file:
         file["images"] = images
     with pytest.raises(ValueError, match=r"holds images \[20, 4, 4, 3\]: accepted are images"):
@@ -268,3 +288,4 @@ def test_training_data_contract(made):
     x = data.to_input(batch, Draws(0, 64, Rows.all(8)), 0, 1.0)
     torch.testing.assert_close(x, batch.permute(0, 3, 1, 2) / 255)
     assert data.fixed(3).shape == (3, 3, 16, 16) and torch.equal(data.fixed(3), data.fixed(3))
+    torch.testing.assert_close(data.fixed(3), data.first(3).permute(0, 3, 1, 2) / 255)

@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from image_files import encoded, picture, png_zip, stylegan_names, write_folder
 
 from sivae_fast.data import cache, dali
@@ -189,6 +190,7 @@ def test_the_cache_survives_a_stream_that_was_left_early(png_set):
     """What was asked for ahead of time but never arrived must be asked for again."""
     images = ImageSet(png_set)
     decoder, cache = CountingDecoder(images, 2), Cache(images, torch.device("cpu"))
+    cache._pixels.zero_()  # memory that is given out anew may hold these very images
     requests = lambda: Sampler(21, 2).requests(0, lambda n: 3)
     abandoned = cache.stream(requests(), decoder)
     next(abandoned)
@@ -264,7 +266,27 @@ def test_a_model_of_one_size_gets_any_size_and_no_levels(tmp_path):
     files = {f"{i}.png": encoded(picture(i, 28, 28, "L")) for i in range(4)}
     data = ImageLoader(write_folder(tmp_path / "set", files), grows=False, signed=False, flip=False)
     batch = next(data.batches(0, lambda n: 4))
-    x = data.to_input(batch, Draws(0, 0, Rows.all(4)), 0, 0.0)
-    assert x.shape == (4, 1, 28, 28)
+    x, other = (data.to_input(batch, Draws(0, n, Rows.all(4)), 0, 0.0) for n in (0, 4))
+    assert x.shape == (4, 1, 28, 28) and torch.equal(x, other)  # nothing random
     assert torch.equal((x * 255).round().byte().permute(0, 2, 3, 1), batch)
+    assert data.fixed(4).min() >= 0
     data.close()
+    with pytest.raises(ValueError, match="a side of 28 pixels, which is no power of two"):
+        ImageLoader(tmp_path / "set")
+
+
+def test_a_level_that_is_faded_in_and_augmentations_reach_the_pixels(png_set):
+    def seen(blend=1.0, **options):
+        data = ImageLoader(png_set, loader="torch", flip=False, **options)
+        batch = next(data.batches(0, lambda n: 8))
+        data.close()
+        return data.to_input(batch, Draws(0, 0, Rows.all(8)), 2, blend)
+
+    plain, faded = seen(), seen(0.25)
+    coarse = F.interpolate(F.avg_pool2d(plain, 2), scale_factor=2)
+    torch.testing.assert_close(faded, 0.25 * plain + 0.75 * coarse)
+    white = lambda x: int((x.amin(1) > 0.999).sum())
+    assert white(seen(shift=0.25)) > white(plain) + 100  # what comes in at the border
+    turned = seen(hue=0.25)
+    torch.testing.assert_close(turned.amax(1), plain.amax(1))
+    assert not torch.equal(turned, plain)

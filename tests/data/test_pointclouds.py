@@ -73,6 +73,23 @@ def test_bad_ply(tmp_path):
         read_ply(file)
 
 
+def test_a_ply_whose_header_has_the_line_ends_of_windows(tmp_path):
+    file, points = tmp_path / "a.ply", np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    ply.write_ply(file, points)
+    head, mark, body = file.read_bytes().partition(b"end_header\n")
+    file.write_bytes((head + mark).replace(b"\n", b"\r\n") + body)
+    np.testing.assert_array_equal(read_ply(file), points)
+
+
+def test_a_ply_that_does_not_begin_with_its_vertices_is_refused(tmp_path):
+    file = tmp_path / "a.ply"
+    ply.write_ply(file, np.ones((5, 3), np.float32))
+    before = b"element camera 1\nproperty float focus\nelement vertex"
+    file.write_bytes(file.read_bytes().replace(b"element vertex", before))
+    with pytest.raises(ValueError, match=r"a\.ply: first element is camera: accepted is vertex"):
+        read_ply(file)
+
+
 def test_a_truncated_ascii_ply_is_not_a_shorter_cloud(tmp_path):
     file = tmp_path / "a.ply"
     write_ply(file, np.ones((300, 3), np.float32), "ascii")
@@ -141,6 +158,12 @@ def test_modelnet_layout(tmp_path):
     assert sizes == [38, 2, 6]
     benches = load_clouds(tmp_path, "test", classes=("bench",), points=8)
     assert benches.points.shape == (3, 8, 3) and (benches.points == 0.25).all()
+    with h5py.File(tmp_path / "ply_data_test1.h5", "w") as file:
+        order = np.arange(6 * 16 * 3, dtype=np.float32).reshape(6, 16, 3)
+        file["data"], file["label"] = order, np.arange(6) % 2
+    benches = load_clouds(tmp_path, "test", classes=("bench", "sofa"), points=8)
+    assert benches.labels.tolist() == [0] * 6 + [1] * 6
+    assert np.array_equal(benches.points[3:6], order[1::2, :8] / 2)  # the first points of odd clouds
     with pytest.raises(ValueError, match="sofa, bench"):
         load_clouds(tmp_path, classes=("lamp",), points=8)
     with h5py.File(tmp_path / "ply_data_test0.h5", "w") as file:
@@ -195,10 +218,12 @@ def test_wrong_number_of_points(tmp_path):
 
 def test_bad_sets(tmp_path):
     clouds = np.zeros((20, 4, 3), np.float32)
-    clouds[3, 2, 1] = np.nan
-    np.save(tmp_path / "a.npy", clouds)
-    with pytest.raises(ValueError, match=r"a\.npy\[3\]: a coordinate is not finite, accepted are 4 points"):
-        load_clouds(tmp_path / "a.npy", points=4)
+    for wrong in (np.nan, np.inf):
+        clouds[3, 2, 1] = wrong
+        np.save(tmp_path / "a.npy", clouds)
+        message = r"a\.npy\[3\]: a coordinate is not finite, accepted are 4 points"
+        with pytest.raises(ValueError, match=message):
+            load_clouds(tmp_path / "a.npy", points=4)
     with pytest.raises(ValueError, match="class folders"):
         load_clouds(tmp_path)
     with pytest.raises(ValueError, match=r"archive\.tar"):
@@ -321,6 +346,13 @@ def test_training_data_contract(data):
     from_start = data.batches(0, lambda n: 8, 0, 1)
     seen = torch.cat([next(from_start) for _ in range(3)])[:, 0, 0]
     assert sorted(seen.tolist()) == list(range(24))
+    other = PointClouds(Clouds(data.items, torch.zeros(24).long(), ("a",)), seed=4)
+    assert not torch.equal(next(other.batches(0, lambda n: 24))[:, 0, 0], seen)
+    assert torch.equal(other.fixed(5), data.fixed(5))
+    assert torch.equal(next(data.batches(16, lambda n: 8))[:, 0, 0], seen[16:])
+    assert other.checksum() == data.checksum()
+    other.items = torch.cat((data.items[:-1], data.items[:1]))
+    assert other.checksum() != data.checksum()
     assert torch.equal(data.fixed(5), data.fixed(5)) and data.fixed(99).shape == (24, 6, 3)
     batch = next(data.batches(0, lambda n: 8, 0, 1))
     assert torch.equal(data.to_input(batch, Draws(0, 0, Rows.all(8))), batch)

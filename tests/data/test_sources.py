@@ -11,9 +11,9 @@ import pytest
 from image_files import encoded, picture, write_folder, write_zip
 from PIL import Image
 
-from sivae_fast.data.archive import ImageSet, Zip
+from sivae_fast.data.archive import Folder, ImageSet, Zip
 from sivae_fast.data.prepare import prepare
-from sivae_fast.data.sources import Tar
+from sivae_fast.data.sources import Files, Tar, part
 from sivae_fast.data.tfrecord import RecordFile
 
 QUIET = {"resolution": 16, "progress": False, "workers": 1}
@@ -39,6 +39,26 @@ def test_gif_files_are_pictures(tmp_path):
     assert (manifest.images, manifest.skipped) == (2, [])
     with Image.open(io.BytesIO(buffer.getvalue())) as first:  # of an animation
         assert (ImageSet(tmp_path / "out").decode(0) == first.convert("RGB")).all()
+
+
+def test_the_held_out_pictures_are_the_last_by_name(tmp_path):
+    source = Folder(write_folder(tmp_path / "in", pictures()))
+    test, train = (part(source, split, 1) for split in ("test", "train"))
+    assert (test.names, test.split) == (["3.png"], "test")
+    assert (train.names, train.split) == (["0.png", "1.png", "2.png"], "train")
+    for count in (0, 4):
+        with pytest.raises(ValueError, match="--hold-out must lie between 0 and the 4 pictures"):
+            part(source, "train", count)
+
+
+def test_the_key_of_a_source_changes_with_names_sizes_and_labels(tmp_path):
+    label = {"dataset.json": json.dumps({"labels": [["0.png", 1]]}).encode()}
+    sets = {"same": {}, "more": {"4.png": b"4"}, "size": {"0.png": b"0"}, "label": label}
+    keys = {Files(Folder(write_folder(tmp_path / n, pictures() | extra))).key for n, extra in sets.items()}
+    assert len(keys) == 4
+    with open(os.fsencode(tmp_path / "same") + b"/\xff.png", "wb"):  # a name that is no UTF-8
+        pass
+    assert Files(Folder(tmp_path / "same")).key not in keys
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
