@@ -116,25 +116,27 @@ class _Eager(torch.autograd.function._SingleLevelFunction):
     def backward(ctx, *upstream):
         constants = ctx.sizes[1]
         skipped = 3 + constants
-        nodes = ctx.next_functions[constants:]  # of tensors alone
-        needs = [
-            needed and is_wanted(node)
-            for needed, (node, _) in zip(ctx.needs_input_grad[skipped:], nodes, strict=True)
-        ]
+        nodes = [node for node, _ in ctx.next_functions[constants:]]  # of tensors alone
+        needs = are_wanted(nodes, ctx.needs_input_grad[skipped:])
         return *[None] * skipped, *ctx.fused.gradients(ctx, upstream, needs)
 
 
-def is_wanted(node) -> bool:
-    """Whether the running backward pass uses what a graph node computes; True where that cannot be told, as
-    of leaves under `torch.autograd.grad`.
+def are_wanted(nodes: Sequence, needs: Sequence[bool]) -> list[bool]:
+    """Which of the `needs` the running backward pass uses, by their graph nodes; all that it cannot tell.
 
     A pass that carries a gradient through the decoder to its latents leaves out the weights' gradients; the
-    operators of PyTorch find that out in the same way.
+    operators of PyTorch find that out in the same way. `torch.autograd.grad` raises for leaves it is asked
+    for, which takes as long as a small loss: after one of them other leaves count as wanted.
     """
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except (AttributeError, RuntimeError):
-        return True
+    found, tells = [], True
+    for node, wanted in zip(nodes, needs, strict=True):
+        if wanted and (tells or node.next_functions):
+            try:
+                wanted = torch._C._will_engine_execute_node(node)
+            except (AttributeError, RuntimeError):
+                tells = False
+        found.append(wanted)
+    return found
 
 
 _PLAIN = {Tensor, Parameter}

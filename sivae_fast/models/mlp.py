@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sivae_fast.contract import Model, Posterior
 from sivae_fast.draws import Stream
-from sivae_fast.kernels._operator import is_wanted
+from sivae_fast.kernels._operator import are_wanted
 from sivae_fast.kernels.mlp import mlp
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -123,7 +123,7 @@ class _OneDNN(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, weights = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         nodes = [node for node, _ in ctx.next_functions[1:]]  # of weights and biases; None where frozen
-        trains = any(node is not None and is_wanted(node) for node in nodes)
+        trains = any(are_wanted(nodes, [node is not None for node in nodes]))
         gradients = [None] * len(ctx.needs_input_grad)
         for i in reversed(range(len(weights))):
             gradient = gradient.to(inputs[i].dtype)

@@ -278,3 +278,18 @@ def test_what_is_kept_with_weights_is_not_taken_for_a_copy_that_changed_as_often
         twin.add_(1)
     assert twin._version == weights._version
     torch.testing.assert_close(torch.cat(closed_form._columns(twin, torch.float64), 1).T, twin)
+
+
+def test_a_backward_pass_that_cannot_tell_is_asked_once(monkeypatch):
+    """`torch.autograd.grad` raises for its leaves: nine times of that made a small loss slower than the plain one."""
+    asked, ask = [], torch._C._will_engine_execute_node
+    monkeypatch.setattr(torch._C, "_will_engine_execute_node", lambda node: asked.append(node) or ask(node))
+    sources = leaves(chain((2, 3), 2))
+    loss, _ = phase(sources, SOFT_MEMBERS, table(SOFT))
+    gradients = torch.autograd.grad(loss, distinct(sources))
+    assert len(asked) == 1
+    loss, _ = phase(sources, SOFT_MEMBERS, table(SOFT))
+    loss.backward()
+    assert len(asked) == 1 + len(gradients)
+    for tensor, gradient in zip(distinct(sources), gradients, strict=True):
+        assert torch.equal(tensor.grad, gradient)
