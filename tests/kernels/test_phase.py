@@ -281,7 +281,7 @@ def test_what_is_kept_with_weights_is_not_taken_for_a_copy_that_changed_as_often
 
 
 def test_a_backward_pass_that_cannot_tell_is_asked_once(monkeypatch):
-    """`torch.autograd.grad` raises for leaves: nine times of that made a small loss slower than plain ones."""
+    """`torch.autograd.grad` raises for its leaves: nine times of that made a small loss slow."""
     asked, ask = [], torch._C._will_engine_execute_node
     monkeypatch.setattr(torch._C, "_will_engine_execute_node", lambda node: asked.append(node) or ask(node))
     sources = leaves(chain((2, 3), 2))
