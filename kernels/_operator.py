@@ -125,8 +125,8 @@ def are_wanted(nodes: Sequence, needs: Sequence[bool]) -> list[bool]:
     """Which of the `needs` the running backward pass uses, by their graph nodes; all that it cannot tell.
 
     A pass that carries a gradient through the decoder to its latents leaves out the weights' gradients; the
-    operators of PyTorch find that out in the same way. `torch.autograd.grad` raises for leaves it is asked
-    for, which takes as long as a small loss: after one of them other leaves count as wanted.
+    operators of PyTorch find that out in the same way. Under `torch.autograd.grad` the question raises
+    for leaves, and an error for each is slow beside a small loss: after the first, leaves count as wanted.
     """
     found, tells = [], True
     for node, wanted in zip(nodes, needs, strict=True):
