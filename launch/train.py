@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             train(config)
     except expected as error:
-        rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        rank = f"rank {os.environ.get('RANK', 0)}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"error: {rank}{error}", file=sys.stderr)
         return 1
     return 0

@@ -104,7 +104,7 @@ class ObjectiveConfig(Section):
     perceptual_weights: str | None = Field(None, description="file with the weights of torchvision's VGG16")
     beta_rec: NotNegative = 1.0
     beta_kl: NotNegative = 1.0
-    beta_neg: NotNegative | tuple[NotNegative, ...] = 256.0
+    beta_neg: NotNegative | Annotated[tuple[NotNegative, ...], Field(min_length=1)] = 256.0
     scale: Positive | None = Field(None, description="null: 1 / (numbers in one input)")
     alpha: Positive = 2.0
     gamma_r: NotNegative | None = Field(
@@ -188,7 +188,7 @@ class TrainConfig(Section):
     graphs: bool = Field(False, description="each iteration as one CUDA graph; one GPU, engine.kind=torch")
     schedule: Literal["minimal", "published"] = "minimal"
     fresh_draws: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0  # what torch's generators take, with room to count up
 
 
 class OptimConfig(Section):
@@ -370,7 +370,9 @@ def _apply(values: dict, override: str) -> None:
     *sections, last = key.split(".")
     place = values
     for section in sections:
-        place = place.setdefault(section, {})
+        if place.get(section) is None:  # a section of a file whose keys are all commented out
+            place[section] = {}
+        place = place[section]
         if not isinstance(place, dict):
             raise ConfigError(f"{key}: {section} is a value, not a section")
     try:

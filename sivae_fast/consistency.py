@@ -46,10 +46,15 @@ def _check_kinds(config: Config) -> None:
         )
     if data.kind == "pointclouds" and data.points != model.points:
         raise ValueError(f"data.points={data.points} and model.points={model.points} must be the same")
-    if config.growth.images_per_level and model.kind != "style":
+    if config.growth.images_per_level and (model.kind, data.kind) != ("style", "images"):
         raise ValueError(
-            f"growth.images_per_level={config.growth.images_per_level} needs model.kind=style, "
-            f"model.kind={model.kind} has one size"
+            f"growth.images_per_level={config.growth.images_per_level} needs model.kind=style and "
+            f"data.kind=images, model.kind={model.kind} with data.kind={data.kind} has one size"
+        )
+    if model.kind == "two_encoder" and data.kind == "images" and data.value_range != "unit":
+        raise ValueError(
+            f"model.kind=two_encoder needs data.value_range=unit, got {data.value_range}: its decoder ends "
+            "with a sigmoid"
         )
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sivae_fast.contract import check_count, checked_seed, described
-from sivae_fast.data.archive import Folder, ImageSet, is_image_name
+from sivae_fast.data.archive import Folder, ImageSet, is_image_name, is_zip
 from sivae_fast.data.convert import Recipe, flatten
 from sivae_fast.data.factors import Factors, load_factors
 from sivae_fast.figures import to_uint8
@@ -182,6 +182,9 @@ class Inference(Trained):
 
     def training_images(self, count: int) -> Tensor:
         """The first `count` images of the training set, uint8. Raises ValueError where it is not there."""
+        if self.config.data.kind == "factors" and self.data_path is None:
+            factors = self.factors()
+            return factors.images[~factors.test][:count].permute(0, 3, 1, 2).contiguous()
         return self.read([self.training_set()], count)
 
     def training_set(self) -> str | os.PathLike:
@@ -218,7 +221,7 @@ class Inference(Trained):
             names = Folder(source).names if resize and source.is_dir() else []
             if files := [source / name for name in names if is_image_name(name)][:count]:
                 found += [self._read_fitted(path, resize) for path in files]
-            elif source.is_dir() or source.suffix == ".zip":
+            elif source.is_dir() or (source.is_file() and is_zip(source)):
                 images = ImageSet(source, any_size=True)
                 chosen = range(min(count or len(images), len(images)))
                 named = ((f"{images.name(i)} of {source}", images.decode(i)) for i in chosen)

@@ -341,8 +341,8 @@ def _residual(weights: dict[str, Tensor], epoch: int | None) -> Published:
     if condition > 0:
         raise CheckpointError(
             f"a model with a condition: its decoder takes {condition} numbers of it beside the "
-            f"{latent - condition} of the latent. No model here takes one: only files trained without a "
-            "condition, as all published ones are, can be converted"
+            f"{latent - condition} of the latent. Training and commands here give none: only files trained "
+            "without a condition, as all published ones are, can be converted"
         )
     if features != widths[-1] * final * final or condition:
         raise CheckpointError(

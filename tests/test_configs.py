@@ -180,7 +180,17 @@ def test_weights_that_would_do_nothing_are_refused(overrides, message):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("cifar10", ["growth.images_per_level=9"], "growth.images_per_level=9 needs model.kind=style, "),
+        ("cifar10", ["growth.images_per_level=9"], "growth.images_per_level=9 needs model.kind=style and "),
+        (
+            "quickstart",
+            ["data={kind: factors}"],
+            "needs model.kind=style and data.kind=images, model.kind=sty",
+        ),
+        (
+            "translation",
+            ["data={kind: images, path: a}"],
+            "model.kind=two_encoder needs data.value_range=unit, got symmetric: its decoder ends",
+        ),
         ("cifar10", ["train.compile=true"], "train.compile=true needs model.kind=style, got model.kind=res"),
         ("cifar10", ["objective.perceptual_weights=a"], "objective.perceptual_weights=a: perceptual needs "),
         ("density-rings", ["evaluate.every=9"], "evaluate.every=9 needs model.kind to be one of style, "),
@@ -204,8 +214,9 @@ def test_settings_of_other_models_are_refused(name, overrides, message):
 
 def test_settings_that_do_nothing_yet_are_accepted():
     assert load("pointclouds", "evaluate.weights=a").evaluate.every is None
-    assert load("translation", "evaluate.every=9", "evaluate.weights=a", "data={kind: images, path: a}")
-    assert load("quickstart", "data={kind: factors}").data.path is None
+    images = "data={kind: images, path: a, value_range: unit}"
+    assert load("translation", "evaluate.every=9", "evaluate.weights=a", images)
+    assert load("quickstart", "data={kind: factors}", "growth.images_per_level=0").data.path is None
 
 
 @pytest.mark.parametrize("kind", ["vae", "introvae", "soft_introvae"])
@@ -264,3 +275,61 @@ def test_the_seed_decides_the_first_weights_and_no_other_draws():
 def test_errors_that_do_not_fit_the_data_are_refused(name, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load(name, *overrides)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("train.batch=0", "train.images='5'", "train.compile=1", "evaluate.images=5", "engine.zero=4"),
+        *("optim.learning_rate=.inf", "objective.beta_kl=.inf", "optim.betas=[1,0.9]", "optim.betas=[0.9,1]"),
+        *(
+            "train.seed=4611686018427387904",
+            "objective.beta_neg=[]",
+            "growth.fade=1.1",
+            "model.style_mixing=1.1",
+            "guard.spike=1",
+            "growth.images_per_level=-1",
+        ),
+    ],
+)
+def test_values_just_outside_are_named(setting):
+    with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+        load("quickstart", setting)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("train.batch=1", "growth.fade=0", "growth.fade=1", "growth.images_per_level=0", "train.seed=0"),
+        *("model.style_mixing=0", "model.style_mixing=1", "objective.beta_kl=0", "optim.betas=[0,0]"),
+        *("data.shift=0.5", "data.cache_gib=0", "evaluate.images=6", "guard.spike=1.1"),
+    ],
+)
+def test_values_at_the_edge_are_accepted(setting):
+    key, _, value = setting.partition("=")
+    section, option = key.split(".")
+    assert load("quickstart", setting).to_dict()[section][option] == yaml.safe_load(value)
+
+
+def test_a_configuration_does_not_change_after_it_was_checked():
+    with pytest.raises(ValueError, match="frozen"):
+        load("quickstart").train.seed = 3
+
+
+def test_what_leaves_the_machine_holds_names_but_no_paths():
+    private = ["engine.deepspeed={aio: {path: /home/me}}", "run.folder=/home/me/runs"]
+    private += ["evaluate.data=/home/me/faces", "evaluate.weights=/home/me/w.pth"]
+    weights = ["objective.reconstruction=perceptual", "objective.perceptual_weights=/home/me/vgg16.pth"]
+    images = load("cifar10", *private, *weights, "data.path=/home/me/faces").portable()
+    assert "/home/me" not in images.to_yaml() and images.run.folder == load("cifar10").run.folder
+    assert images.data.path is None and images.objective.perceptual_weights == "vgg16.pth"
+    clouds = load("pointclouds", "data.path=/home/me/sets/chairs/points/..").portable()
+    assert clouds.data.path == "chairs"
+    for unchanged in (load("quickstart"), load("translation"), load("density-rings")):
+        assert unchanged.portable() == unchanged
+
+
+def test_a_section_without_keys_takes_overrides(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("train:\n  # batch: 8\n")
+    assert load_config(path, ["train.batch=4"]).train.batch == 4

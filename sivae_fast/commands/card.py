@@ -31,7 +31,7 @@ _USE = """## Load it
 
 ```python
 import sivae_fast
-model = sivae_fast.load("{where}")
+model = sivae_fast.load({where})
 x_hat = model.sample(4)
 ```
 
@@ -39,7 +39,7 @@ x_hat = model.sample(4)
 """
 _BATCH_NORM = """
 Its batch norm then has the running statistics of training, which can give worse pictures.
-`sivae_fast.Inference.load("{where}")` measures them anew, as for the figures.
+`sivae_fast.Inference.load({where})` measures them anew, as for the figures.
 """
 _LAST = """## Intended use
 
@@ -58,7 +58,8 @@ def card(source: str | os.PathLike, *, averaged: bool = True) -> str:
 
     Raises CheckpointError, naming the file, for what is no model.
     """
-    return describe(load(source, averaged=averaged), metrics_of(source), _where(os.fspath(source)))
+    where = f'"{_where(os.fspath(source))}"' + ", averaged=False" * (not averaged)
+    return describe(load(source, averaged=averaged), metrics_of(source), where)
 
 
 def _where(name: str) -> str:
@@ -76,7 +77,7 @@ def metrics_of(source: str | os.PathLike) -> dict[str, list[dict]]:
 
 
 def describe(model: Model, metrics: dict[str, list[dict]], where: str, picture: str | None = None) -> str:
-    """The card of a model of `load`. where: what it is loaded from; picture: a file beside the card."""
+    """The card of a model of `load`. where: the arguments that load it; picture: a file beside the card."""
     config, facts = model.config, model.facts
     title = f"# {SYSTEMS[config.model.kind].capitalize()}, {_size(config)}\n"
     published = facts.get("source")

@@ -196,11 +196,10 @@ def _clocks(ranks: Ranks, plan) -> tuple[str, str]:
 
 
 def _configuration(ranks: Ranks, plan: Plan | Trouble) -> tuple[str, str]:
-    from sivae_fast.systems import make_schedule
-    from sivae_fast.training.iteration import check_batches
+    from sivae_fast.training.starting import check_settings
 
     def look() -> dict[str, str]:
-        check_batches(plan.config, make_schedule(plan.config), ranks.world)
+        check_settings(plan.config)
         facts = program_facts(plan.config, plan.kind, plan.zero)
         return {key: value for key, value in facts.items() if not key.startswith("source file")}
 

@@ -48,8 +48,11 @@ def write_publication(
     about = {"library": "sivae-fast", "images": model.images, **model.facts}
     text = json.dumps({**about, **model.config.portable().to_dict()}, indent=1)
     write_text(folder / hub.CONFIG, text + "\n")
-    draw_samples(folder / hub.MODEL, folder / hub.PICTURE)
-    card = describe(model, metrics_of(source), hub.PREFIX + repo_id, hub.PICTURE)
+    picture = None
+    if model.config.model.kind != "mlp" or "source" not in model.facts:  # which density it learned is known
+        picture = hub.PICTURE
+        draw_samples(folder / hub.MODEL, folder / picture)
+    card = describe(model, metrics_of(source), f'"{hub.PREFIX}{repo_id}"', picture)
     write_text(folder / hub.CARD, card)
 
 

@@ -107,7 +107,10 @@ def _pictures(paths: Sequence[Path], count: int) -> str:
     chosen = sorted({round(i * last / max(count - 1, 1)) for i in range(count - 1)} | {last})
     *before, final = [_picture(paths[i]) for i in chosen]
     strip = f'<div class="strip">{"".join(before)}</div>' if before else ""
-    note = "<p>The same images and latents every time. Rows: real, reconstruction, sample.</p>"
+    note = (
+        "<p>The same images and latents every time. Rows: real, reconstruction, sample; of densities, side "
+        "by side: data, samples, learned density.</p>"
+    )
     return _section("Samples", f'<div class="final">{final}</div>{note}{strip}')
 
 

@@ -69,7 +69,7 @@ def progress_bar(total: int, title: str, show: bool, done: int = 0):
     from tqdm import tqdm
 
     pause = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=total, initial=done, unit="img", desc=title, disable=not show, mininterval=pause)
+    return tqdm(total=total, initial=done, desc=title, disable=not show, mininterval=pause)
 
 
 @contextlib.contextmanager

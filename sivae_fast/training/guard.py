@@ -91,9 +91,13 @@ class Guard:
                 f"training diverged: {what} {where}, as a plain VAE. What helps is a lower "
                 f"optim.learning_rate; objective.beta_neg plays no part there. {back}"
             )
+        objective = self._config.objective
+        weaker = "a higher objective.beta_neg"
+        rest = "; beta_rec = beta_kl = 1 with beta_neg near the latent size to start from"
+        if objective.kind == "introvae":  # its beta_neg multiplies a hinge
+            weaker, rest = "a lower objective.beta_neg or objective.margin", ""
         return (
-            f"training diverged: {what} {where} (beta_neg {self._config.objective.beta_neg}). What helps, in "
-            "this order: a higher objective.beta_neg (a weaker push against fakes); a longer "
-            "train.warmup_images; a lower optim.learning_rate; beta_rec = beta_kl = 1 with beta_neg near the "
-            f"latent size to start from. {back}"
+            f"training diverged: {what} {where} (beta_neg {objective.beta_neg}). What helps, in this order: "
+            f"{weaker} (a weaker push against fakes); a longer train.warmup_images; a lower "
+            f"optim.learning_rate{rest}. {back}"
         )

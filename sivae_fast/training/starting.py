@@ -28,6 +28,15 @@ def check_start(config: Config) -> None:
     Batches are held against the ranks of the launcher, one without a launcher. Data that is not there is
     logged and no error: it may lie on other machines than the one where settings are tried.
     """
+    check_settings(config)
+    check_name(config.run.name)
+    with naming_folder(config.run.folder):
+        check_folder(config.run.folder)
+    _look_for_data(config)
+
+
+def check_settings(config: Config) -> None:
+    """What `check_start` says of the settings alone: nothing of folders and data."""
     _, world, device = place()
     kind, _ = engine_kind(config)
     check_graphs(config, kind, world, device)
@@ -41,10 +50,6 @@ def check_start(config: Config) -> None:
     check_loader(config, device)
     if config.evaluate.every:
         MEASURES[config.model.kind].needs(config, device)
-    check_name(config.run.name)
-    with naming_folder(config.run.folder):
-        check_folder(config.run.folder)
-    _look_for_data(config)
 
 
 def _look_for_data(config: Config) -> None:

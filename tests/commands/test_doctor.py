@@ -97,6 +97,7 @@ def test_overrides_are_not_ignored_where_no_configuration_is_given(tmp_path, cap
     [
         ("train.batch=0", "configuration", "train.batch=0"),
         ("train.bach=4", "configuration", "did you mean train.batch"),
+        ("train.graphs=true", "configuration", "train.graphs=true with a cpu device"),
         ("data.path=nowhere", "data", "there is no image set at nowhere"),
         ("run.folder=file/runs", "run folder", "Not a directory"),
     ],

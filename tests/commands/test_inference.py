@@ -11,6 +11,8 @@ import sivae_fast
 from sivae_fast.checkpoint import CheckpointError
 from sivae_fast.evaluation.batchnorm import batch_norms
 from sivae_fast.inference import Inference
+from sivae_fast.trained import batch_norm_is_measured_anew, named_set, pick_device
+from tests.commands.conftest import RESIDUAL, write_run
 
 
 def load(path, **options):
@@ -34,6 +36,7 @@ def test_the_three_uses_repeat_for_a_seed(runs):
     assert not torch.equal(run.sample(5, 1), run.sample(5, 2))
     assert torch.equal(run.reconstruct(images), run.decode(run.encode(images)))
     assert run.sample(5).shape == (5, 3, 16, 16)
+    assert not run.encode(images).requires_grad  # a graph would keep every batch in memory
 
 
 def test_a_growing_model_works_at_the_level_it_was_saved_at(runs):
@@ -73,6 +76,8 @@ def test_half_precision_is_close(runs):
     z = whole.encode(images)
     assert (half.encode(images) - z).norm() < 0.05 * z.norm()
     assert half.described["precision"] == "bf16"
+    grey = load(runs.residual, precision="bf16", batch_norm="running")
+    assert grey.encode(grey.read([runs.grey], 2)).dtype == torch.float32
 
 
 def test_files_are_read_in_any_mode_and_sizes_that_differ_are_an_error_or_resized(runs, tmp_path):
@@ -218,8 +223,9 @@ def test_what_does_not_fit_is_named_with_what_is_accepted(runs):
     for wrong in (torch.zeros(2, 5), torch.zeros(4), torch.zeros(0, 4), [0.0], torch.zeros(2, 4).int()):
         with pytest.raises(ValueError, match=r"z is .*, must be a tensor of floats \[N, 4\]"):
             run.decode(wrong)
-    with pytest.raises(ValueError, match="z holds NaN or infinity, must be finite"):
-        run.decode(torch.full((2, 4), torch.inf))
+    for spoilt in (torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="z holds NaN or infinity, must be finite"):
+            run.decode(torch.full((2, 4), spoilt))
     assert torch.equal(run.decode(torch.ones(2, 4).double()), run.decode(torch.ones(2, 4)))
     with pytest.raises(ValueError, match="count is 0, must be a whole number, at least 1"):
         run.sample(0)
@@ -277,3 +283,125 @@ def test_truncation_is_a_share_or_more(runs):
             start = {run.sample: 2, run.decode: z, run.from_styles: run.styles(z)}[call]
             with pytest.raises(ValueError, match=f"truncation is {wrong}, must be 0 or more"):
                 call(start, truncation=wrong)
+
+
+def test_the_seed_is_that_of_the_decoders_noise_too(runs):
+    run, images = load(runs.style), load(runs.style).read([runs.colour], 4)
+    z = run.prior(4, 0)
+    assert torch.equal(run.sample(4, 3), run.decode(run.prior(4, 3), 3))
+    for call, start in ((run.decode, z), (run.from_styles, run.styles(z)), (run.reconstruct, images)):
+        one, again, other = (call(start, seed=seed) for seed in (1, 1, 2))
+        assert torch.equal(one, again) and not torch.equal(one, other)
+    first, second = load(runs.style, batch=2).decode(z[:1].expand(4, -1)).split(2)
+    assert not torch.equal(first, second)  # nor do batches repeat each other's
+
+
+def test_styles_are_truncated_as_latents_are(runs):
+    run = load(runs.style)
+    z = run.prior(4, 0)
+    for share in (0.0, 0.5):
+        assert torch.equal(run.from_styles(run.styles(z), 1, share), run.decode(z, 1, share))
+        assert torch.equal(run.sample(4, 1, share), run.decode(run.prior(4, 1), 1, share))
+    assert run.decode(z, truncation=0.0, noise="none").unique(dim=0).shape[0] == 1
+
+
+def test_a_growing_model_takes_images_of_its_size_and_of_whole_multiples(runs):
+    run = load(runs.growing)
+    images = run.read([runs.colour], 2)
+    means = images.float().unflatten(3, (8, 2)).unflatten(2, (8, 2)).mean((3, 5))
+    torch.testing.assert_close(run.to_input(images), means / 127.5 - 1)
+    assert run.encode(images[..., ::2, ::2]).shape == (2, 8)
+    for side in (0, 4, 12):
+        with pytest.raises(ValueError, match=rf"images is .*{side}, {side}\], must be a uint8 tensor"):
+            run.encode(torch.zeros(2, 3, side, side, dtype=torch.uint8))
+
+
+def test_photographs_are_turned_upright_and_keep_their_proportions(runs, tmp_path):
+    """Shown, this one is 32 pixels wide and 16 high, red in the middle; a phone has stored it on its side."""
+    pixels = np.zeros((32, 16, 3), np.uint8)
+    pixels[8:24, :, 0] = 200
+    pixels[:, :4, 1] = 100  # becomes the top edge
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "photograph.png", exif=exif)
+    (found,) = load(runs.style).read([tmp_path / "photograph.png"], resize=True)
+    assert (found[0] == 200).all() and (found[1, :4] == 100).all() and not found[1, 4:].any()
+
+
+def test_pixels_are_rounded_down_where_that_is_asked_for(runs):
+    run = load(runs.style)
+    z = run.prior(4, 0)
+    near, below = (torch.cat([*run.decoded(z, round_down=down)]).int() for down in (False, True))
+    assert set((near - below).unique().tolist()) == {0, 1}
+
+
+def test_a_zip_is_read_as_the_folder_in_it(runs, tmp_path):
+    packed = shutil.make_archive(str(tmp_path / "set"), "zip", runs.colour)
+    run = load(runs.style)
+    assert torch.equal(run.read([packed], 3), run.read([runs.colour], 3))
+    assert len(run.read([packed])) == len(run.read([packed], 99)) == 24
+    nameless = Path(packed).rename(tmp_path / "a set without an ending")
+    assert torch.equal(run.read([nameless], 3), run.read([runs.colour], 3))
+
+
+def test_large_pictures_are_averaged_not_sampled(runs, tmp_path):
+    stripes = np.tile(np.uint8([[[0], [200]]]), (32, 16, 3))
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    found = load(runs.style).read([tmp_path / "stripes.png"], resize=True).int()
+    assert (found - 100).abs().max() < 20
+
+
+def test_batch_norm_is_measured_with_the_training_images_in_batches(runs):
+    """24 images; of a last batch of one nothing is learned about their variance."""
+    sizes = lambda batch: [len(x) for x in load(runs.residual, batch=batch).calibration_batches()]
+    assert sizes(5) == [5, 5, 5, 5, 4] and sizes(23) == [23] and sizes(1) == 12 * [2] and sizes(64) == [24]
+    drawn = load(runs.residual, batch=7)._latents(encoded=False)
+    assert [len(z) for z in drawn] == 32 * [7]  # the decoder's, for samples
+
+
+def test_a_picture_of_absurd_size_is_named(runs, monkeypatch):
+    run = load(runs.style)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"000\.png cannot be used: it is no readable picture \(Image size"):
+        run.read([runs.colour / "000.png"])
+
+
+def test_what_is_said_beside_every_number(runs):
+    said = lambda mode: load(runs.residual, batch=7, batch_norm=mode).described
+    common = {"images": 1000, "weights": "averaged", "precision": "fp32", "resolution": 16}
+    assert load(runs.style, batch=7).described == common
+    assert said("running") == {**common, "batch_norm": "running"}  # of any batch
+    for mode in ("batch", "recalibrated"):
+        assert said(mode) == {**common, "batch_norm": mode, "batch": 7}
+
+
+def test_a_prepared_model_reconstructs_by_itself_what_its_owner_does(runs):
+    run, images = load(runs.residual), load(runs.residual).read([runs.grey], 8)
+    wanted = load(runs.residual).reconstruct(images)
+    run.sample(2)  # leaves the decoder with the statistics of the prior
+    run.prepare()
+    with torch.no_grad():
+        found = run.model.decode(run.model.encode(run.to_input(images)).mean)
+    assert torch.equal(run.to_pixels(found), wanted)
+
+
+def test_a_model_in_training_is_used_as_a_trained_one(runs):
+    model = sivae_fast.load(runs.style).train()
+    assert not Inference(model, model.config, 0, show=False).model.training
+
+
+def test_what_commands_take_for_a_model_a_device_and_a_set(runs, tmp_path, monkeypatch):
+    measured_anew = lambda path: batch_norm_is_measured_anew(sivae_fast.load(path))
+    assert measured_anew(runs.residual) and not measured_anew(runs.style) and not measured_anew(runs.clouds)
+    assert pick_device("cpu") == pick_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.chdir(tmp_path)
+    assert named_set(None) == {} and named_set(".") == {"data": tmp_path.name}
+
+
+def test_a_set_with_factors_gives_the_training_images_of_its_models(runs, tmp_path):
+    model = {**RESIDUAL, "channels": 3}
+    run = load(write_run(tmp_path / "run", {"kind": "factors"}, model), batch_norm="recalibrated")
+    factors = run.factors()
+    images = factors.images[~factors.test][:5].permute(0, 3, 1, 2)
+    assert torch.equal(run.training_images(5), images)
+    assert run.reconstruct(run.own_images(2)).shape == (2, 3, 16, 16)  # measures batch norm with them

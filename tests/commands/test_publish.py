@@ -21,7 +21,7 @@ from sivae_fast.commands.card import card
 from sivae_fast.commands.publish import write_publication
 from sivae_fast.config import make_config
 from sivae_fast.export import export
-from sivae_fast.hub import FILES, _failing
+from sivae_fast.hub import FILES, _failing, pull, upload
 from sivae_fast.run import append_metric
 from sivae_fast.systems import make_model
 
@@ -95,6 +95,20 @@ def test_calls_fit_the_real_library(runs, monkeypatch, request):
     assert {name for name, _, _ in hub.calls} == set(accepted)
     for name, arguments, options in hub.calls:
         accepted[name].bind(*arguments, **options)
+
+
+def test_the_hub_is_asked_for_the_files_of_a_model_alone(hub, tmp_path):
+    for name in FILES:
+        (tmp_path / name).touch()
+    for _ in range(2):  # the second one is another version of the same model
+        upload(tmp_path, "owner/name", token="secret")
+    pull("owner/name", token="secret")
+    asked = {name: options for name, _, options in hub.calls}
+    assert asked["HfApi"] == {"token": "secret"}
+    assert asked["HfApi.create_repo"] == {"private": False, "exist_ok": True}
+    assert asked["snapshot_download"] == {
+        "allow_patterns": [*FILES], "revision": None, "local_dir": None, "token": "secret"
+    }  # fmt: skip
 
 
 def test_nothing_that_is_pushed_tells_of_this_machine(runs, tmp_path):
@@ -204,9 +218,11 @@ def test_a_lone_snapshot_asks_for_the_training_images(runs, tmp_path, capsys):
 
 
 def test_wrong_names_and_a_missing_package_are_named(runs, hub, tmp_path, monkeypatch):
-    for name in ("name", "owner/", "a/b/c", "owner/na me"):
+    for name in ("name", "owner/", "a/b/c", "owner/na me", "owner/näme"):
         with pytest.raises(ValueError, match="must be owner/name"):
             sivae_fast.push(runs.style, name)
+        with pytest.raises(ValueError, match="must be owner/name"):
+            sivae_fast.pull(name)
     (hub.repositories / "owner/other").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"owner/other holds no model\.safetensors"):
         sivae_fast.load("hub:owner/other")
@@ -242,3 +258,20 @@ def test_a_hub_out_of_reach_is_said_in_a_few_words():
     said = r"^a/b was not fetched: the Hugging Face Hub cannot be reached$"
     with pytest.raises(OSError, match=said), _failing("a/b was not fetched"):
         raise LocalEntryNotFoundError("a long text " * 20)
+
+
+def test_a_converted_density_model_shows_no_density_that_it_may_not_have_learned(tmp_path):
+    config = make_config({"model": {"kind": "mlp", "width": 8}, "data": {"kind": "density"}})
+    facts = {"weights": "raw", "source": "2spirals_epoch_3.pth"}
+    save_snapshot(tmp_path / "m.safetensors", make_model(config), config, 0, **facts)
+    write_publication(tmp_path / "m.safetensors", tmp_path, "owner/name")
+    assert not (tmp_path / "samples.png").exists()
+    assert "![" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_of_the_weights_of_the_optimizer_loads_those(tmp_path):
+    config = make_config({"model": {"kind": "mlp", "width": 8}, "data": {"kind": "density"}})
+    path = tmp_path / "m.safetensors"
+    save_snapshot(path, make_model(config), config, 0, weights="raw")
+    assert 'sivae_fast.load("m.safetensors", averaged=False)' in card(path, averaged=False)
+    assert 'sivae_fast.load("m.safetensors")' in card(path)

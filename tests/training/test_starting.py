@@ -163,3 +163,12 @@ def test_models_are_told_the_data_they_accept(model, data, accepted, tmp_path, c
         f"error: data.kind={data['kind']} does not fit model.kind={model['kind']}: "
         f"accepted with it is {accepted}\n"
     )
+
+
+def test_ranks_without_a_meeting_point_are_one_clear_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    config = str(ROOT / "launch" / "configs" / "density-rings.yaml")
+    assert main(["--config", config, TORCH, f"run.folder={tmp_path}"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: rank 0: MASTER_ADDR is not set")
