@@ -24,9 +24,10 @@ from sivae_fast.config import load_config
 from sivae_fast.data.factors import Factors
 from sivae_fast.data.made_images import ACROSS, AWAY, COLOURS, SHAPES, TURNS
 from sivae_fast.evaluation import reconstruction, translation
+from sivae_fast.evaluation.reconstruction import error_functions
 from sivae_fast.files import write_text
 from sivae_fast.inference import Inference
-from sivae_fast.measure_translation import CODES, ERRORS, Functions, Swaps, error_functions, to_float
+from sivae_fast.measure_translation import CODES, ERRORS, Functions, Swaps, to_float
 from sivae_fast.training.loop import train
 
 ROOT = Path(__file__).parents[1]

@@ -3,14 +3,22 @@
 Comparisons are written so that a NaN passes through: `where(a < b, b, a)` keeps a NaN in a.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from . import _launch
 
 # Members of kernels.reference.Member
 LINEAR = tl.constexpr(0)
 EXPONENTIAL = tl.constexpr(1)
 HINGE = tl.constexpr(2)
 BATCH_HINGE = tl.constexpr(3)
+
+
+def product_dtype(dtype: torch.dtype) -> tl.dtype:
+    """What matrix products of `dtype` get; Triton's interpreter multiplies the bits of bfloat16."""
+    return getattr(tl, str(torch.float32 if _launch.INTERPRET else dtype).removeprefix("torch."))
 
 
 @triton.jit

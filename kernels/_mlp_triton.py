@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
 from ._launch import on_device, power_of_2
+from ._math import product_dtype
 
 #: Inputs and outputs of a network are filled up to this, the least that tensor cores multiply.
 EDGE = tl.constexpr(16)
@@ -177,10 +177,8 @@ def weights_kernel(
 
 def _shape(x: Tensor, weights: list[Tensor], dtype: torch.dtype) -> tuple[tuple[int, ...], dict]:
     """(n, inputs, width, outputs) and what kernels are compiled for."""
-    # Triton's interpreter multiplies the bits of bfloat16.
-    product = torch.float32 if _launch.INTERPRET else dtype
     sizes = len(x), x.shape[1], len(weights[0]), len(weights[-1])
-    return sizes, {"PRODUCT": getattr(tl, str(product).removeprefix("torch."))}
+    return sizes, {"PRODUCT": product_dtype(dtype)}
 
 
 def forward(x: Tensor, weights: list[Tensor], biases: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -337,7 +337,7 @@ def apply_kernel(
 
 
 def reduce(batch: Batch, weights: Tensor, formula: Formula) -> tuple[Tensor, Tensor, Tensor]:
-    """As `closed_form.reduce`, in one launch and one that clears the counters."""
+    """As `closed_form.reduce`, in one launch and one that clears the counters; also what `apply` takes."""
     shape = LaunchShape.of(batch, formula)
     statistics, coefficients, loss, scratch = new_results(batch, shape)
     counters = torch.zeros(shape.samples + 1, dtype=torch.int32, device=loss.device)
@@ -354,7 +354,7 @@ def reduce(batch: Batch, weights: Tensor, formula: Formula) -> tuple[Tensor, Ten
 def apply(
     batch: Batch, coefficients: Tensor, upstream: Tensor, needs: Sequence[bool], formula: Formula
 ) -> list[Tensor]:
-    """As `closed_form.apply`, in one launch."""
+    """As `closed_form.apply` with the coefficients of `reduce`, in one launch."""
     shape = LaunchShape.of(batch, formula, sum(needs[: len(batch.images)]))
     gradients, (images, means, logvars, errors) = new_gradients(batch, needs)
     stride = upstream.stride(0) if upstream.dim() else 0

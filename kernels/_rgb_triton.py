@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch, _maps
+from . import _maps
 from ._launch import on_device, rgb_shape
+from ._math import product_dtype
 
 COLORS = tl.constexpr(16)
 _COUNTS = ("n", "span", "chunks")
@@ -174,9 +175,7 @@ class _Launch:
 
     def __call__(self, kernel, *given, blocks: int = 1, slope: float) -> None:
         block_p, block_c, span, chunks, warps = self.shape
-        # Triton's interpreter multiplies the bits of bfloat16.
-        product = torch.float32 if _launch.INTERPRET else self.features.dtype
-        options = {"PRODUCT": getattr(tl, str(product).removeprefix("torch.")), "num_warps": warps}
+        options = {"PRODUCT": product_dtype(self.features.dtype), "num_warps": warps}
         with on_device(self.features):
             kernel[(self.programs, blocks)](
                 *given, self.c, self.n, span, chunks, slope, BLOCK_P=block_p, BLOCK_C=block_c, **options

@@ -1,7 +1,8 @@
 """The losses in plain PyTorch: definition, CPU path, test oracle and bench baseline in one.
 
 Every function takes any float dtype. It computes in float32, in float64 where an input is float64, and
-returns that dtype. Arguments are not checked here; the public functions beside this file do that.
+returns that dtype where nothing else is said. Arguments are not checked here; the public functions beside
+this file do that.
 
 Per sample, summed over all of its elements:
     r  reconstruction error between target x and prediction y
@@ -48,7 +49,10 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def element_errors(target: Tensor, prediction: Tensor, kind: str, huber_delta: float = 1.0) -> Tensor:
-    """Errors element by element. Binary cross-entropies are NaN where an argument leaves [0, 1]."""
+    """Errors element by element, in the dtype of the arguments.
+
+    Binary cross-entropies are NaN where the target, or the probability of "bce", leaves [0, 1].
+    """
     if kind == "sse":
         return (prediction - target).square()
     if kind == "l1":

@@ -262,7 +262,11 @@ def _add_reconstruct(commands) -> None:
         "--out", default="reconstructions.png", help="clouds: also .npy, .ply, .xml or a folder"
     )
     command.add_argument(
-        "--count", type=int, default=argparse.SUPPRESS, help="default: 16, 1 for a file of one cloud"
+        "--count",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="of the run's data or each folder of pictures (default: 16; into a file of one cloud: 1); at "
+        "most, of clouds in files (default: all)",
     )
     command.add_argument("--columns", type=int, default=8)
     command.add_argument("--resize", action="store_true", help=_RESIZE)

@@ -310,11 +310,8 @@ class Config(Section):
         kept = self.to_dict()
         for free in ("run", "engine", "evaluate", "guard"):
             kept.pop(free)
-        kept["train"].pop("images")
-        kept["train"].pop("micro_batch")
-        kept["train"].pop("recompute")
-        kept["train"].pop("compile")
-        kept["train"].pop("graphs")
+        for name in ("images", "micro_batch", "recompute", "compile", "graphs"):
+            kept["train"].pop(name)
         for name in ("loader", "workers", "cache_gib"):
             kept["data"].pop(name, None)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

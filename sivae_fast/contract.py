@@ -1,15 +1,15 @@
-"""What every model offers to the training step, the evaluation and the commands."""
+"""What models offer to training, evaluation and the commands, and data to the training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sivae_fast.draws import Rows, Stream
+from sivae_fast.draws import Draws, Rows, Stream
 
 
 class Posterior(NamedTuple):
@@ -22,8 +22,9 @@ class Posterior(NamedTuple):
 class Model(nn.Module):
     """An encoder and a decoder around a Gaussian prior N(0, prior_std^2 I) on Z numbers.
 
-    A new system subclasses this and gives `encode`, `decode` and the two lists of modules; the training step
-    uses nothing else. `stream` carries the random numbers of one pass; None draws from torch's own generator.
+    A new system subclasses this, sets `latent_size` and gives `encode`, `decode` and the two lists of
+    modules; all else has a default. `stream` carries the random numbers of one pass; None draws from torch's
+    own generator.
     """
 
     latent_size: int
@@ -74,13 +75,15 @@ class Model(nn.Module):
         """Raises ValueError where x is no tensor [B, *shape] of the model's floats; a word is any size
         but 0.
 
-        Under autocast, floats of every precision pass.
+        Under autocast, all floats pass that it converts: not float64.
         """
         fits = isinstance(x, Tensor) and x.ndim == 1 + len(shape) and x.is_floating_point()
         sizes = zip(x.shape[1:], shape, strict=True) if fits else ()
         fits = fits and all(a > 0 if isinstance(b, str) else a == b for a, b in sizes)
         own = next(self.parameters()).dtype
-        if not fits or (x.dtype != own and not torch.is_autocast_enabled(x.device.type)):
+        if fits and x.dtype != own:
+            fits = torch.float64 not in (x.dtype, own) and torch.is_autocast_enabled(x.device.type)
+        if not fits:
             size = ", ".join(map(str, ("B", *shape)))
             kind = str(own).removeprefix("torch.")
             is_bytes = len(shape) == 3 and getattr(x, "dtype", None) == torch.uint8  # of images
@@ -111,6 +114,32 @@ class Model(nn.Module):
 
     def set_level(self, lod: int, blend: float) -> None:
         """Progressive growing: the level in use and its fade (0 to 1); one-size models ignore it."""
+
+
+class TrainingData(Protocol):
+    """What the training loop asks of data; a place in it is a number of images seen."""
+
+    input_shape: tuple[int, ...]  # of one item as the model takes it at full size
+
+    def __len__(self) -> int:
+        """Items in an epoch."""
+
+    def checksum(self) -> str:
+        """Equal where the items are: ranks compare it."""
+
+    def batches(
+        self, start: int, batch_at: Callable[[int], int], rank: int = 0, world: int = 1
+    ) -> Iterator[Any]:
+        """This rank's rows of every batch from `start` on, endless; batch_at: the size of that at a place."""
+
+    def to_input(self, batch: Any, draws: Draws, lod: int, blend: float | Tensor) -> Tensor:
+        """What the model encodes, on draws.device; batch: of `batches`; lod, blend: of `Model.set_level`."""
+
+    def fixed(self, count: int) -> Tensor:
+        """The first `count` items of a fixed order, as the model takes them at full size."""
+
+    def close(self) -> None:
+        """Gives back files, threads and memory."""
 
 
 def check_count(count: int) -> None:

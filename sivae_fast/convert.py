@@ -17,10 +17,10 @@ from sivae_fast.models.style_names import swap_layout
 from sivae_fast.published import Published, at_level, read_published
 from sivae_fast.run import Run, naming_folder
 from sivae_fast.systems import levels, make_model, make_schedule
+from sivae_fast.training.optim import MOMENTS
 
 logger = logging.getLogger("sivae_fast")
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 #: Images of an epoch by images of a level: 16 epochs of FFHQ, 30 of CelebA-HQ in the published schedules.
 _PUBLISHED_SCHEDULES = {960_000: 60_000, 869_760: 28_992}
 
@@ -162,7 +162,7 @@ def _moments(model: Model, side: str, state: dict) -> tuple[dict[str, Tensor], i
             continue  # a level that was not in use since the last switch
         entry = state["state"][index]
         steps = max(steps, int(entry["step"]))
-        for key in _MOMENTS:
+        for key in MOMENTS:
             # The published optimizer of the style model has no first moment.
             value = swap_layout(name, entry[key]) if key in entry else torch.zeros_like(parameter)
             if value.numel() != parameter.numel():

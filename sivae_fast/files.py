@@ -57,6 +57,17 @@ def lock(file: IO | int, path: Path, wait: bool = False) -> None:
 
 
 @contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds the folder or file `path` for this process alone; BlockingIOError where held and not `wait`."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        lock(handle, path, wait)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path` that takes its place only when the block ends without an error.
 

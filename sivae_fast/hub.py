@@ -13,18 +13,16 @@ MODEL, CONFIG, CARD, PICTURE = "model.safetensors", "config.json", "README.md", 
 FILES = (MODEL, CONFIG, CARD, PICTURE)
 
 
-def pull(
-    repo_id: str, dest: str | os.PathLike | None = None, *, revision: str | None = None, token=None
-) -> Path:
+def pull(repo_id: str, dest: str | os.PathLike | None = None, *, token=None) -> Path:
     """The folder with the model `repo_id`, "owner/name" or "owner/name@revision", which `load` takes.
 
     dest: where it goes; None: the cache of huggingface_hub. Only the four files of a model are fetched.
     Raises ValueError for a name of another form, ImportError without huggingface_hub, FileNotFoundError for a
     repository that holds no model of this project, OSError for what the Hub answers.
     """
-    repo_id, _, after = repo_id.partition("@")
+    repo_id, _, revision = repo_id.partition("@")
     _check(repo_id)
-    options = {"revision": revision or after or None, "local_dir": dest, "token": token}
+    options = {"revision": revision or None, "local_dir": dest, "token": token}
     download = _library().snapshot_download
     with _failing(f"{repo_id} was not fetched"):
         folder = Path(download(repo_id, allow_patterns=list(FILES), **options))

@@ -156,8 +156,9 @@ class Inference(Trained):
         """At most `count` images of the run's data, uint8 [n, C, R, R]: the first ones that it was trained on
         or, of sets with class and content, test images drawn from `seed`.
 
-        Raises ValueError where they are not there.
+        Raises ValueError where they are not there, and for a count below 1.
         """
+        check_count(count)
         if self.config.data.kind != "factors":
             return self.training_images(count)
         factors = self.factors()
@@ -214,8 +215,10 @@ class Inference(Trained):
 
         count: at most so many of each set. resize: scale the centre square where sizes differ, also in a
         folder of photographs that is no set.
-        Raises ValueError naming the file that cannot be read or does not fit.
+        Raises ValueError naming the file that cannot be read or does not fit, and for a count below 1.
         """
+        if count is not None:
+            check_count(count)
         found: list[np.ndarray] = []
         for source in map(Path, sources):
             names = Folder(source).names if resize and source.is_dir() else []
@@ -223,7 +226,7 @@ class Inference(Trained):
                 found += [self._read_fitted(path, resize) for path in files]
             elif source.is_dir() or (source.is_file() and is_zip(source)):
                 images = ImageSet(source, any_size=True)
-                chosen = range(min(count or len(images), len(images)))
+                chosen = range(len(images))[:count]
                 named = ((f"{images.name(i)} of {source}", images.decode(i)) for i in chosen)
                 found += [self._fitted(name, pixels, resize) for name, pixels in named]
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from sivae_fast.data.archive import ImageSet
 from sivae_fast.data.loader import PillowDecoder, default_workers
-from sivae_fast.data.parallel import progress_bar
 from sivae_fast.evaluation import fid, likelihood, reconstruction
 from sivae_fast.evaluation.features import Features
+from sivae_fast.evaluation.likelihood import SCORES
+from sivae_fast.evaluation.reconstruction import ImageError
 from sivae_fast.evaluation.sharing import gather, rank, share, summed
 from sivae_fast.files import check_folder, filling, write_text
 from sivae_fast.inference import Inference
+from sivae_fast.progress import progress_bar
 from sivae_fast.run import append_metric
 from sivae_fast.trained import named_set
 
@@ -26,9 +28,6 @@ ESTIMATE = {"samples": 5, "variance": 1.0, "proposal": "posterior"}
 RECONSTRUCTION = (*reconstruction.METRICS, "lpips")
 LIKELIHOOD = "log_likelihood"
 METRICS = (*fid.METRICS, *RECONSTRUCTION, LIKELIHOOD)
-
-#: (images, reconstructions) [B, C, R, R] in [0, 1] -> [B].
-ImageError = Callable[[Tensor, Tensor], Tensor]
 
 
 def evaluate(
@@ -147,7 +146,8 @@ def detect_others(
         "own_images": first,
         "counts": {name: len(scores["kl"]) for name, scores in scored.items()},
         "auroc": {
-            name: {d.score: d.auroc for d in likelihood.detect(scored[first], scored[name])} for name in names
+            name: {score: likelihood.auroc(scored[first][score], scored[name][score]) for score in SCORES}
+            for name in names
         },
     }
     if rank() == 0:
@@ -240,10 +240,7 @@ def error_functions(
     run: Inference, names: Sequence[str], weights: str | os.PathLike | None = None
 ) -> dict[str, ImageError]:
     """Those of `RECONSTRUCTION`, tried on a blank image of the model's size: for SSIM it can be too small."""
-    known = dict(reconstruction.METRICS)
-    if "lpips" in names:
-        known["lpips"] = reconstruction.load_lpips(weights, run.device)
-    found = {name: known[name] for name in names}
+    found = reconstruction.error_functions(names, weights, run.device)
     side = run.resolution
     blank = torch.zeros(1, run.config.model.channels, side, side, device=run.device)
     for function in found.values():

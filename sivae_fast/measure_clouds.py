@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sivae_fast.data.parallel import progress_bar
 from sivae_fast.evaluation import pointcloud
 from sivae_fast.evaluation.sharing import gather, rank, share, summed
 from sivae_fast.inference_clouds import CloudInference
+from sivae_fast.progress import progress_bar
 from sivae_fast.run import append_metric
 from sivae_fast.trained import named_set
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sivae_fast.data.factors import Factors
-from sivae_fast.evaluation import reconstruction, translation
+from sivae_fast.evaluation import translation
+from sivae_fast.evaluation.reconstruction import SMALLEST, ImageError, error_functions
 from sivae_fast.evaluation.sharing import gather, rank, share, summed
 from sivae_fast.inference import Inference
 from sivae_fast.run import append_metric
@@ -25,7 +26,6 @@ CODES = ("class", "content")
 PROBES = tuple(f"{factor}_from_{code}_code" for code in CODES for factor in CODES)
 METRICS = (*SWAPS, *ERRORS, *PROBES)
 
-ImageError = Callable[[Tensor, Tensor], Tensor]  # (images, truth) [B, C, R, R] in [0, 1] -> [B]
 Functions = Mapping[str, ImageError]
 
 
@@ -85,14 +85,6 @@ def errors_of(metrics: Iterable[str]) -> list[str]:
     """Those of `ERRORS` that the metrics are made of."""
     names = {name.removeprefix("swap_") for name in metrics}
     return [name for name in ERRORS if name in names]
-
-
-def error_functions(names: Iterable[str], weights=None, device="cpu") -> dict[str, ImageError]:
-    """Functions by their names in `ERRORS`; weights: those of LPIPS, as `load_lpips` takes them."""
-    known = reconstruction.METRICS
-    return {
-        name: reconstruction.load_lpips(weights, device) if name == "lpips" else known[name] for name in names
-    }
 
 
 class Swaps:
@@ -257,7 +249,7 @@ def _chosen(run: Inference, metrics: Sequence[str] | None, weights) -> list[str]
     if run.config.model.kind != "two_encoder":
         raise ValueError(f"model.kind is {run.config.model.kind}: swaps need two_encoder")
     if metrics is None:
-        wanted = {"mse": True, "ssim": run.resolution >= 11, "lpips": weights is not None}
+        wanted = {"mse": True, "ssim": run.resolution >= SMALLEST["ssim"], "lpips": weights is not None}
         return [name for name in METRICS if wanted.get(name.removeprefix("swap_"), True)]
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:

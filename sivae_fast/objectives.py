@@ -92,9 +92,9 @@ class Objective(nn.Module):
     check: look at every phase's statistics and raise FloatingPointError where one is NaN or infinite. Waits
         for the device in every phase, and does nothing inside torch.compile: for debugging.
 
-    Every option but `fakes` may be changed later, as an attribute; a changed weight takes effect without
-    recompilation. A name that is no option is refused, here with a TypeError and as an attribute with an
-    AttributeError; a value that does not fit with a ValueError.
+    Every option but `fakes` and `hinge` may be changed later, as an attribute; a changed weight takes effect
+    without recompilation. A name that is no option is refused, here with a TypeError and as an attribute with
+    an AttributeError; a value that does not fit with a ValueError.
 
     Gradients flow to every tensor of a term that requires them: the caller detaches what is to be detached.
     A term without a part that its phase adds up is refused with a ValueError.

@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a line rewritten on a terminal, plain lines elsewhere."""
+"""What a person watching sees: a line rewritten on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -104,3 +104,11 @@ def duration(seconds: float) -> str:
     if minutes < 24 * 60:
         return f"{minutes // 60}h {minutes % 60:02d}m"
     return f"{minutes // 1440}d {minutes % 1440 // 60:02d}h"
+
+
+def progress_bar(total: int, title: str, show: bool, done: int = 0):
+    """A tqdm bar of a command; where nobody watches a terminal, one line every ten seconds."""
+    from tqdm import tqdm
+
+    pause = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(total=total, initial=done, desc=title, disable=not show, mininterval=pause)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sivae_fast.config import Config, ConfigError
-from sivae_fast.contract import Model
+from sivae_fast.contract import Model, TrainingData
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.evaluation.batchnorm import batch_statistics
 from sivae_fast.figures import save_grid
@@ -89,7 +89,7 @@ def _chamfer(target: Tensor, prediction: Tensor) -> Tensor:
     return chamfer(target.to(wide), prediction.to(wide))
 
 
-def make_data(config: Config, device: torch.device, *, show: bool = True):
+def make_data(config: Config, device: torch.device, *, show: bool = True) -> TrainingData:
     """The training data; `show`: this process may print progress."""
     settings = config.data
     if settings.kind == "density":
@@ -206,7 +206,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 @torch.no_grad()
-def save_picture(config: Config, path: Path, model: Model, data, count: int = 8) -> None:
+def save_picture(config: Config, path: Path, model: Model, data) -> None:
     """What to look at while training, the same every time: real, reconstruction (of the mean), sample.
 
     For densities: data, samples and the learned density. Batch norm takes the statistics of the pictures, as
@@ -222,17 +222,17 @@ def save_picture(config: Config, path: Path, model: Model, data, count: int = 8)
     elif config.data.kind == "pointclouds":
         from sivae_fast.evaluation.pointcloud_figures import draw_clouds
 
-        draw_clouds(path, _fixed_rows(model, data, count))
+        draw_clouds(path, _fixed_rows(model, data))
     else:
         with batch_statistics(model):
-            real, rec, fake = _fixed_rows(model, data, count)
+            real, rec, fake = _fixed_rows(model, data)
         low = 0.0 if getattr(config.data, "value_range", "unit") == "unit" else -1.0
         save_grid(path, [real, rec, fake], (low, 1.0))
     model.train(training)
 
 
-def _fixed_rows(model: Model, data, count: int):
-    real = data.fixed(count)
+def _fixed_rows(model: Model, data):
+    real = data.fixed(8)
     draws = Draws(0, 0, Rows.all(len(real)), real.device)
     if real.ndim == 4 and hasattr(model, "resolution"):
         real = F.avg_pool2d(real, real.shape[-1] // model.resolution)

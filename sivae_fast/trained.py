@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from sivae_fast.checkpoint import load
 from sivae_fast.config import Config
 from sivae_fast.contract import Model, checked_seed, described
-from sivae_fast.data.parallel import progress_bar
 from sivae_fast.draws import Draws, Rows
 from sivae_fast.evaluation import batchnorm
+from sivae_fast.progress import progress_bar
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 #: Batches that batch norm is recalibrated with.

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from sivae_fast.commands.arguments import check_pause, named, only_own, positive
 from sivae_fast.commands.pictures import SPACES, between
-from sivae_fast.data.parallel import progress_bar
 from sivae_fast.data.ply import write_ply
 from sivae_fast.evaluation.mitsuba import write_scene
 from sivae_fast.evaluation.pointcloud_figures import animate, draw_clouds
 from sivae_fast.files import filling, write_bytes
 from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.kernels.chamfer import chamfer
+from sivae_fast.progress import progress_bar
 
 #: What holds one cloud, and what holds many; a name without an ending is a folder of .ply files.
 SINGLE, MANY = (".ply", ".xml"), (".png", ".npy")

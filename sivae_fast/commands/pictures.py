@@ -81,7 +81,8 @@ def reconstruct(
     pairs = [rows for pair in zip(images.split(columns), rec.split(columns), strict=True) for rows in pair]
     save_grid(out, pairs)
     x, y = images.float() / 255, rec.float() / 255
-    fits = {name: f for name, f in reconstruction.METRICS.items() if name != "ssim" or x.shape[-1] >= 11}
+    smallest = reconstruction.SMALLEST
+    fits = {name: f for name, f in reconstruction.METRICS.items() if x.shape[-1] >= smallest.get(name, 1)}
     return {name: metric(x, y).mean().item() for name, metric in fits.items()}
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 
-def shift_pixels(batch: Tensor, down: Tensor, right: Tensor, fill: int = 255) -> Tensor:
-    """Pixels moved by whole numbers (integer tensors [B]); what comes in at the border is `fill`.
+def shift_pixels(batch: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Pixels moved by whole numbers (integer tensors [B]); what comes in at the border is 255.
 
     `batch` is [B, H, W, C], the result has its type.
     """
@@ -21,7 +21,7 @@ def shift_pixels(batch: Tensor, down: Tensor, right: Tensor, fill: int = 255) ->
     each = torch.arange(len(batch), device=batch.device)[:, None, None]
     moved = batch[each, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    return torch.where(inside[..., None], moved, fill)
+    return torch.where(inside[..., None], moved, 255)
 
 
 def shift_hue(x: Tensor, turn: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ def _kth(path: Path, resolution: int) -> Factors:
 
 
 class FactorImages(Held):
-    """The images for training, without their factors (the data contract of the training loop)."""
+    """The images for training, without their factors (`contract.TrainingData`)."""
 
     def __init__(self, factors: Factors, *, seed: int = 0, device: torch.device | str = "cpu"):
         super().__init__(factors.images[~factors.test], seed, device)

@@ -12,7 +12,7 @@ from sivae_fast.data.sampler import Sampler
 
 
 class Held:
-    """Items kept on the device in the form in which `batches` gives them: half of the data contract."""
+    """Items kept on the device in the form in which `batches` gives them: half of `contract.TrainingData`."""
 
     def __init__(self, items: Tensor, seed: int = 0, device: torch.device | str = "cpu"):
         self.items = items.to(device)

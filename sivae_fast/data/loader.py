@@ -68,7 +68,7 @@ def _wait(out: Tensor, futures: list[Future]) -> Tensor:
 
 
 class ImageLoader:
-    """An image set as training data (the data contract of the training loop).
+    """An image set as training data (`contract.TrainingData`).
 
     `loader` decodes with "dali", with "torch" (Pillow in threads), or "auto": DALI where it is installed.
     `workers` are its threads, by default the rank's share of the cores, at most 8. `cache_gib` is the most

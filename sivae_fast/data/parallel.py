@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -12,9 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-
-from sivae_fast.files import lock
 
 #: Below this number of items a pool of processes costs more than it saves.
 _SMALL = 32
@@ -62,22 +58,3 @@ def _start_worker() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def progress_bar(total: int, title: str, show: bool, done: int = 0):
-    """A tqdm bar; where nobody watches a terminal, one line every ten seconds."""
-    from tqdm import tqdm
-
-    pause = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=total, initial=done, desc=title, disable=not show, mininterval=pause)
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Holds the folder or file `path` for this process alone; BlockingIOError where held and not `wait`."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        lock(handle, path, wait)
-        yield
-    finally:
-        os.close(handle)

@@ -58,9 +58,3 @@ def to_input(
         coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
         x = torch.lerp(coarse, x, blend)
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def to_uint8(x: Tensor, *, signed: bool = True) -> Tensor:
-    """Model output [B, C, H, W] as pixels: uint8 [B, H, W, C], rounded to nearest, clamped to 0 ... 255."""
-    x = (x.float() + 1) * 127.5 if signed else x.float() * 255
-    return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

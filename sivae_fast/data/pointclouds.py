@@ -250,7 +250,7 @@ def resampled(cloud: np.ndarray, points: int) -> np.ndarray:
 
 
 class PointClouds(Held):
-    """Clouds as training data (the data contract of the training loop).
+    """Clouds as training data (`contract.TrainingData`).
 
     `rotate` turns every cloud about the z axis by a uniform angle in [0, 180) degrees, as the published
     option.

@@ -18,11 +18,12 @@ import PIL
 
 from sivae_fast.data.archive import FORMAT, LABELS, MANIFEST, ImageSet
 from sivae_fast.data.convert import FORMATS, Converted, Recipe, convert
-from sivae_fast.data.parallel import cores, locked, ordered, progress_bar
+from sivae_fast.data.parallel import cores, ordered
 from sivae_fast.data.published import open_source
 from sivae_fast.data.sources import Source
 from sivae_fast.data.writer import FolderWriter, ZipWriter
-from sivae_fast.files import make_folder
+from sivae_fast.files import locked, make_folder
+from sivae_fast.progress import progress_bar
 
 log = logging.getLogger(__name__)
 #: Up to this side an image of a published set is converted sooner than it is handed to another process.

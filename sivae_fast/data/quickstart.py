@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 
 from sivae_fast.data.painting import paint
-from sivae_fast.data.parallel import cores, locked, ordered, progress_bar
+from sivae_fast.data.parallel import cores, ordered
 from sivae_fast.data.prepare import prepare
-from sivae_fast.files import make_folder
+from sivae_fast.files import locked, make_folder
+from sivae_fast.progress import progress_bar
 
 COUNT = 2000
 

@@ -98,18 +98,18 @@ def kernel_distance(
     return float(total / subsets)
 
 
-def neighbourhoods(real: Tensor, fake: Tensor, k: int | None = None, block: int = 4096) -> dict[str, float]:
+def neighbourhoods(real: Tensor, fake: Tensor, block: int = 4096) -> dict[str, float]:
     """Precision, recall, density and coverage of features [N, F] and [M, F].
 
     A set's balls reach from each of its vectors to its k-th nearest other one; k is 3 for precision and
-    recall and 5 for density and coverage, as published, unless given.
+    recall and 5 for density and coverage, as published.
 
     precision: share of fakes in some real ball; recall: share of reals in some fake ball; density: number of
     real balls that hold a fake, divided by k; coverage: share of real balls that hold some fake.
     Raises ValueError where a set has no k-th neighbour.
     """
     real, fake = real.double(), fake.double()
-    near, far = (3, 5) if k is None else (k, k)
+    near, far = 3, 5
     check_neighbours(min(len(real), len(fake)), far)
     real_radii, fake_radii = _radii(real, {near, far}, block), _radii(fake, {near}, block)
     in_some, hits, covered = [], [], torch.zeros(len(real), dtype=torch.bool, device=real.device)

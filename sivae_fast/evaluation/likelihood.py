@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from sivae_fast.contract import Model, Posterior
 from sivae_fast.draws import Rows, Stream
 from sivae_fast.files import atomic
+from sivae_fast.kernels.reference import gaussian_kl
 
 PROPOSALS = ("posterior", "published")
 
@@ -106,9 +106,9 @@ def scores(
     z = posterior.mean + (0.5 * posterior.logvar).exp() * eps
     rec = _decode(model, z.to(x.dtype), generator)
     error = _squared_error(x, rec, value_range)
-    kl = divergence(posterior, prior_std=model.prior_std)
+    kl = gaussian_kl(*posterior, prior_logvar=2 * math.log(model.prior_std))
     again = _in_double(model.encode(rec))
-    both = divergence(posterior, again) + divergence(again, posterior)
+    both = gaussian_kl(*posterior, *again) + gaussian_kl(*again, *posterior)
     values = (-estimate, weight * error + kl, kl, error, both)
     return dict(zip(SCORES, values, strict=True))
 
@@ -122,30 +122,10 @@ def score_batches(model: Model, batches: Iterable[Tensor], seed: int = 0, **opti
     return {name: torch.cat([part[name].cpu() for part in found]) for name in SCORES}
 
 
-def divergence(q: Posterior, p: Posterior | None = None, prior_std: float = 1.0) -> Tensor:
-    """KL(q || p) in nats, [B]; p is the prior N(0, prior_std^2 I) where it is not given."""
-    if p is None:
-        p = Posterior(torch.zeros_like(q.mean), torch.full_like(q.logvar, 2 * math.log(prior_std)))
-    ratio = (q.logvar - p.logvar).exp()
-    distance = (q.mean - p.mean).square() * (-p.logvar).exp()
-    return 0.5 * (ratio + distance - 1 - q.logvar + p.logvar).sum(-1)
-
-
-class Detection(NamedTuple):
-    """How well one score tells two sets of images apart."""
-
-    score: str
-    auroc: float  # 1: every other image scores above every own one; 0.5: no better than chance
-
-
-def detect(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[Detection]:
-    """Area under the ROC curve of every score: `own` (e.g. the test split) against `other` data."""
-    return [Detection(name, auroc(own[name], other[name])) for name in SCORES]
-
-
 def auroc(own: Tensor, other: Tensor) -> float:
     """Area under the ROC curve of scores [N] and [M] by scikit-learn, `other` being the positive class.
 
+    1: every other image scores above every own one; 0.5: no better than chance.
     Raises ValueError for scores that are not finite, ImportError naming the extra to install.
     """
     try:

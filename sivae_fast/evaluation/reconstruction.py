@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -23,12 +23,14 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     return -10 * mse(x, y).log10()
 
 
-def ssim(x: Tensor, y: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
+def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity of images [B, C, H, W] in [0, 1], [B]; 1 for equal ones.
 
-    Wang et al. (2004): Gaussian window, K1 = 0.01, K2 = 0.03, mean over the places where the window fits.
+    Wang et al. (2004): Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03, mean over the places
+    where the window fits.
     Raises ValueError for images smaller than the window.
     """
+    window, sigma = SMALLEST["ssim"], 1.5
     if min(x.shape[-2:]) < window:
         raise ValueError(f"SSIM needs images of at least {window} pixels a side, got {list(x.shape[-2:])}")
     channels = x.shape[1]
@@ -55,10 +57,20 @@ ALEXNET = "alexnet-owt-7be5be79.pth"
 #: Pixels a side that images need: the window of SSIM; what AlexNet's layers leave anything of.
 SMALLEST = {"ssim": 11, "lpips": 31}
 
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "psnr": psnr, "ssim": ssim}
+#: (images, others) [B, C, H, W] in [0, 1] -> [B].
+ImageError = Callable[[Tensor, Tensor], Tensor]
+
+METRICS: dict[str, ImageError] = {"mse": mse, "psnr": psnr, "ssim": ssim}
 
 
-def load_lpips(weights: str | os.PathLike | None = None, device="cpu") -> Callable[[Tensor, Tensor], Tensor]:
+def error_functions(
+    names: Iterable[str], weights: str | os.PathLike | None = None, device="cpu"
+) -> dict[str, ImageError]:
+    """Functions by their names, those of `METRICS` and "lpips"; weights and errors: as of `load_lpips`."""
+    return {name: load_lpips(weights, device) if name == "lpips" else METRICS[name] for name in names}
+
+
+def load_lpips(weights: str | os.PathLike | None = None, device="cpu") -> ImageError:
     """LPIPS (AlexNet, by torchmetrics) as a function of two batches [B, 3, H, W] in [0, 1] -> [B].
 
     weights: the folder that holds `checkpoints/alexnet-owt-7be5be79.pth`, torch's hub folder unless given.

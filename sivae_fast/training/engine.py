@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from sivae_fast.contract import Model
 from sivae_fast.training.agreement import reasons_shared
 from sivae_fast.training.meeting import meeting_point
-from sivae_fast.training.optim import parameter_groups, set_steps, steps_of
+from sivae_fast.training.optim import MOMENTS, parameter_groups, set_steps, steps_of
 from sivae_fast.training.reduction import Reduction
-
-STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 class TorchEngine:
@@ -59,7 +57,7 @@ class TorchEngine:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Full moments by parameter name, {} before the first step; a collective call on every rank."""
         return {
-            name: {key: self.optimizer.state[parameter][key] for key in STATE_KEYS}
+            name: {key: self.optimizer.state[parameter][key] for key in MOMENTS}
             for name, parameter in self.parameters.items()
             if parameter in self.optimizer.state
         }
@@ -80,7 +78,7 @@ class TorchEngine:
             self.optimizer.state[parameter] = {
                 "step": _step_tensor(steps, parameter.device),
                 # In the memory layout of the parameter: fused Adam walks both as flat memory.
-                **{key: torch.empty_like(parameter).copy_(moments[key]).detach() for key in STATE_KEYS},
+                **{key: torch.empty_like(parameter).copy_(moments[key]).detach() for key in MOMENTS},
             }
 
     def parameters_changed(self) -> None:
@@ -133,7 +131,7 @@ class DeepSpeedEngine:
 
         self._link_state()
         return {
-            name: {key: full(parameter, key) for key in STATE_KEYS}
+            name: {key: full(parameter, key) for key in MOMENTS}
             for name, parameter in self.parameters.items()
         }
 
@@ -155,11 +153,11 @@ class DeepSpeedEngine:
         for flat in self._engine.optimizer.single_partition_of_fp32_groups:
             self.optimizer.state[flat] = {
                 "step": _step_tensor(steps, flat.device),
-                **{key: torch.zeros_like(flat) for key in STATE_KEYS},
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
         self._link_state()
         for name, moments in state.items():
-            for key in STATE_KEYS:
+            for key in MOMENTS:
                 set_full(self.parameters[name], moments[key], key)
 
     def _link_state(self) -> None:

@@ -14,14 +14,14 @@ from sivae_fast.config import Config, ConfigError
 from sivae_fast.contract import Model
 from sivae_fast.evaluation import fid
 from sivae_fast.evaluation.features import Features, load_features
-from sivae_fast.evaluation.reconstruction import SMALLEST, load_lpips
+from sivae_fast.evaluation.reconstruction import SMALLEST, error_functions, load_lpips
 from sivae_fast.evaluation.sharing import ranks
 from sivae_fast.growth import Stage
 from sivae_fast.inference import Inference
 from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.measure import RealImages, evaluate
 from sivae_fast.measure_clouds import check_packages, evaluate_clouds
-from sivae_fast.measure_translation import Swaps, error_functions, errors_of, evaluate_translation
+from sivae_fast.measure_translation import Swaps, errors_of, evaluate_translation
 from sivae_fast.systems import levels, make_model
 
 FEWEST = 6  # images that have a fifth neighbour

@@ -36,7 +36,8 @@ def train(config: Config) -> Path:
 
     Called once in each process of a launch by deepspeed, torchrun or plain python.
     Raises ConfigError for settings that do not fit together, Diverged when a loss is not finite, RanksDiffer
-    where ranks run different settings, code or data, RankFailed where another rank is lost.
+    where ranks run different settings, code or data, RankFailed where another rank is lost, RunInUse where
+    another process trains the run, CheckpointError where no checkpoint of it is whole, OSError for folders.
     """
     kind, zero = engine_kind(config)
     with distributed(kind, config.engine.timeout_seconds) as (rank, world, device):

@@ -23,6 +23,9 @@ import torch
 from sivae_fast.config import ConfigError
 from sivae_fast.contract import Model
 
+#: What Adam keeps of each parameter beside its steps.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 IMPLEMENTATIONS = ("torch", "deepspeed", "apex")
 
 
@@ -138,8 +141,8 @@ class DeviceAdam(torch.optim.Optimizer):
     def _moments(self, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         state = self.state[parameter]
         if not state:
-            state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        return state["exp_avg"], state["exp_avg_sq"]
+            state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
+        return tuple(state[name] for name in MOMENTS)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

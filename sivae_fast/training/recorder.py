@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from sivae_fast.checkpoint import (
     CheckpointError,
@@ -25,7 +24,7 @@ from sivae_fast.files import plain
 from sivae_fast.progress import Progress
 from sivae_fast.run import Run, naming_folder, read_metrics
 from sivae_fast.systems import save_picture
-from sivae_fast.training.agreement import check_parameters, everywhere, on_all_ranks
+from sivae_fast.training.agreement import check_parameters, everywhere, of_first_rank, on_all_ranks
 from sivae_fast.training.averaging import averaged_buffers
 from sivae_fast.training.evaluator import Evaluator, is_best
 
@@ -57,7 +56,7 @@ class Recorder:
         make = lambda: Evaluator(config, trainer.device) if config.evaluate.every else None
         self._evaluator = on_all_ranks(make)
         self._run = on_all_ranks(lambda: self._open() if trainer.rank == 0 else None)
-        self.folder = Path(self._share(str(self._run.folder) if self._run else ""))
+        self.folder = Path(of_first_rank(str(self._run.folder) if self._run else ""))
         self.checkpoints = self.folder / "checkpoints"
         self._progress: Progress | None = None
         self._tick_images = 0
@@ -283,13 +282,6 @@ class Recorder:
         model = trainer.average.model() if trainer.average else trainer.model
         model.set_level(trainer.stage.lod, trainer.stage.blend)
         return model
-
-    def _share(self, text: str) -> str:
-        if self._trainer.world == 1:
-            return text
-        box = [text]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
 
 
 def _say_what_differs(config: Config) -> None:

@@ -12,6 +12,7 @@ from sivae_fast.checkpoint import load_newest, load_weights, part
 from sivae_fast.training.agreement import check_parameters, on_all_ranks
 from sivae_fast.training.averaging import average_buffers, own_buffers
 from sivae_fast.training.guard import Diverged
+from sivae_fast.training.optim import MOMENTS
 
 logger = logging.getLogger("sivae_fast")
 
@@ -65,7 +66,7 @@ def restore(trainer, planned: bool = False) -> bool:
     load_weights(trainer.model, part(tensors, "model") | own, "the checkpoint")
     for side, engine in trainer.engines.items():
         engine.parameters_changed()
-        moments = {key: part(tensors, f"{side}/{key}") for key in ("exp_avg", "exp_avg_sq")}
+        moments = {key: part(tensors, f"{side}/{key}") for key in MOMENTS}
         by_name = {n: {key: values[n] for key, values in moments.items()} for n in moments["exp_avg"]}
         engine.load_state(by_name, state["steps"][side])
     trainer.forget_graphs()

@@ -61,15 +61,6 @@ def test_no_mirroring_without_flip_or_draws():
     assert torch.equal(pixels.to_input(batch, Draws(0, 0, Rows.all(6)), flip=False), plain)
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_to_uint8_inverts(signed):
-    batch = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(2, 16, 16, 3)
-    x = pixels.to_input(batch, None, signed=signed)
-    assert torch.equal(pixels.to_uint8(x, signed=signed), batch)
-    beyond = torch.tensor([-9.0, 9.0]).reshape(2, 1, 1, 1)
-    assert pixels.to_uint8(beyond, signed=signed).flatten().tolist() == [0, 255]
-
-
 def test_a_resolution_that_is_no_halving_is_named():
     with pytest.raises(ValueError, match="resolution 32 is no halving of the images' 16"):
         pixels.to_input(batch_of(), None, resolution=32)

@@ -19,9 +19,9 @@ from image_files import encoded, everything, picture, write_folder, write_zip
 
 from sivae_fast.data import prepare as prepare_module
 from sivae_fast.data.archive import ImageSet
-from sivae_fast.data.parallel import locked
 from sivae_fast.data.prepare import check_set, prepare
 from sivae_fast.data.writer import ZipWriter
+from sivae_fast.files import locked
 
 QUIET = {"resolution": 16, "progress": False, "workers": 1}
 

@@ -8,8 +8,6 @@ from sivae_fast.contract import Model, Posterior
 from sivae_fast.evaluation.likelihood import (
     SCORES,
     auroc,
-    detect,
-    divergence,
     log_likelihood,
     save_histogram,
     score_batches,
@@ -118,8 +116,9 @@ def test_every_option_reaches_every_score():
     )
     q = model.encode(x)
     rec = q.mean + (q.logvar / 2).exp() * torch.randn(2, 1, generator=generator, dtype=torch.float64)
-    error, kl = ((rec - x) / 2).square().sum(1), divergence(q, prior_std=0.5)
     again = model.encode(rec)
+    prior = Posterior(torch.zeros_like(q.mean), torch.full_like(q.logvar, 2 * math.log(0.5)))
+    error, kl = ((rec - x) / 2).square().sum(1), divergence(q, prior)
     wanted = {
         "elbo": 2 * error + kl,
         "kl": kl,
@@ -150,18 +149,10 @@ def test_draws_are_decoded_in_batches_and_none_is_left_out():
     assert model.calls == [30, 30, 10]
 
 
-def test_divergence_agrees_with_torch():
-    q = Posterior(torch.randn(4, 3).double(), torch.randn(4, 3).double())
-    p = Posterior(torch.randn(4, 3).double(), torch.randn(4, 3).double())
-
-    def normal(posterior):
-        return torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp())
-
-    expected = torch.distributions.kl_divergence(normal(q), normal(p)).sum(1)
-    torch.testing.assert_close(divergence(q, p), expected)
-    prior = torch.distributions.Normal(torch.zeros(4, 3).double(), 0.2)
-    expected = torch.distributions.kl_divergence(normal(q), prior).sum(1)
-    torch.testing.assert_close(divergence(q, prior_std=0.2), expected)
+def divergence(q, p=None):
+    p = p or Posterior(torch.zeros_like(q.mean), torch.zeros_like(q.logvar))
+    normal = lambda posterior: torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp())
+    return torch.distributions.kl_divergence(normal(q), normal(p)).sum(1)
 
 
 def test_scores_are_what_their_names_say_and_repeat_for_a_seed():
@@ -185,13 +176,10 @@ def test_scores_are_what_their_names_say_and_repeat_for_a_seed():
         score_batches(model, [])
 
 
-def test_auroc_and_detection():
+def test_auroc():
     own, other = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.5, 3.0])
     assert auroc(own, other) == pytest.approx(5 / 6)
     assert auroc(other, own) == pytest.approx(1 / 6)
-    found = detect(dict.fromkeys(SCORES, own), dict.fromkeys(SCORES, other))
-    assert [detection.score for detection in found] == list(SCORES)
-    assert all(detection.auroc == pytest.approx(5 / 6) for detection in found)
     with pytest.raises(ValueError, match="1 of 5 scores are not finite"):
         auroc(own, torch.tensor([float("nan"), 1.0]))
 
