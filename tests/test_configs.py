@@ -12,7 +12,7 @@ import yaml
 
 from launch.train import main
 from sivae_fast.cli import parser
-from sivae_fast.config import ConfigError, load_config
+from sivae_fast.config import ConfigError, load_config, make_config
 from sivae_fast.data.convert import Recipe
 from sivae_fast.systems import make_model, make_objective, make_schedule
 from sivae_fast.training.iteration import check_batches
@@ -112,7 +112,7 @@ def test_the_bootstrap_variant_differs_in_its_own_settings_alone():
 def test_what_may_change_on_resume_and_what_makes_another_run():
     free = ["run.name=b", "run.tick=1", "engine.zero=1", "evaluate.every=10", "guard.rollbacks=3"]
     free += ["train.images=5", "train.micro_batch=2", "train.recompute=true", "train.compile=true"]
-    free += ["data.loader=torch", "data.workers=2", "data.cache_gib=0"]
+    free += ["data.loader=torch", "data.workers=2", "data.cache_gib=0", "train.graphs=true"]
     bound = ["train.batch=8", "train.seed=1", "train.warmup_images=10", "train.precision=bf16"]
     bound += ["train.schedule=published", "optim.learning_rate=0.1", "average.half_life=5"]
     bound += ["objective.beta_neg=3", "model.latent_size=4", "data.flip=false", "data.path=other"]
@@ -333,3 +333,19 @@ def test_a_section_without_keys_takes_overrides(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("train:\n  # batch: 8\n")
     assert load_config(path, ["train.batch=4"]).train.batch == 4
+
+
+def test_an_empty_file_has_the_defaults_and_a_dictionary_stays_as_it_was(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert load_config(tmp_path / "empty.yaml") == make_config({})
+    settings = {"data": {"flip": False}}
+    assert not make_config(settings).data.flip and settings == {"data": {"flip": False}}
+
+
+def test_numbers_with_a_sign_and_an_exponent_are_numbers():
+    assert load("cifar10", "objective.logvar_clamp=[-2e1,+2e1]").objective.logvar_clamp == (-20, 20)
+
+
+def test_a_value_is_no_section():
+    with pytest.raises(ConfigError, match=r"^train\.batch\.size: batch is a value, not a section"):
+        load("quickstart", "train.batch.size=3")

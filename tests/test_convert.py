@@ -73,9 +73,31 @@ def test_a_style_file_says_what_was_found_and_skipped(tmp_path, caplog):
     assert "style model, 16x16, epoch 270" in caplog.text
     assert "no style average of its own" in caplog.text and "record of its losses" in caplog.text
     assert "wrote the averaged weights" in caplog.text
-    alone = write(tmp_path / "raw.pth", style_content(model), tracked=False)
-    found = read_published(alone)
+    content = style_content(model)
+    del content["models"]["dlatent_avg"]
+    found = read_published(write(tmp_path / "raw.pth", content, tracked=False))
+    assert not found.weights["dlatent_avg"].any()
     assert found.averaged is None and "raw weights are all there is" in found.notes[0]
+    assert not any("style average" in note for note in found.notes)
+
+
+def test_averaged_copies_have_a_style_average_of_their_own_and_may_be_alone(tmp_path):
+    model = filled_style(resolution=16)
+    content = style_content(model, half(model))
+    content["models"]["dlatent_avg_s"] = {"buff": torch.arange(16.0).repeat(6, 1)}
+    both = read_published(write(tmp_path / "both.pth", content))
+    assert torch.equal(both.averaged["dlatent_avg"], torch.arange(16.0)) and len(both.notes) == 1
+    assert torch.equal(both.weights["dlatent_avg"], model.dlatent_avg)
+    copy = content["models"]["generator_s"]
+    content["models"]["generator_s"] = {**copy, "const": "const"}
+    with pytest.raises(CheckpointError, match=r"spoilt\.pth: decoder\.const is a str, no tensor"):
+        read_published(write(tmp_path / "spoilt.pth", content))
+    content["models"]["generator_s"] = copy
+    content["models"] = {name: state for name, state in content["models"].items() if name.endswith("_s")}
+    alone = read_published(write(tmp_path / "alone.pth", content))
+    assert alone.notes[0] == "averaged copies (*_s) alone" and alone.weights.keys() == both.weights.keys()
+    for name, value in alone.weights.items():
+        assert torch.equal(value, both.averaged[name]) and torch.equal(alone.averaged[name], value)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +188,18 @@ def test_point_cloud_checkpoints(tmp_path):
         CloudInference.load(tmp_path / "p.safetensors", device="cpu").clouds("test")
     x = torch.randn(2, 20, 3)
     assert torch.equal(back.encode(x).mean, model.encode(x).mean)
+
+
+def test_settings_beside_point_clouds_may_be_missing_but_not_broken(tmp_path):
+    source = write(tmp_path / "1.pth", published_clouds(PointNetModel(points=20, latent_size=6)))
+    assert "prior_std is taken as 0.2" in read_published(source).notes[0]
+    settings = tmp_path / "config.json"
+    settings.write_text("{}")
+    found = read_published(source)
+    assert found.settings["model"]["prior_std"] == 0.2 and not found.notes and not found.optimizers
+    settings.write_text("{")
+    with pytest.raises(CheckpointError, match=r"1\.pth: not whole \(JSONDecodeError"):
+        read_published(source)
 
 
 def test_adam_of_point_clouds_is_taken_over(tmp_path):
@@ -397,11 +431,18 @@ def test_broken_style_files_are_explained(tmp_path, how, message):
     assert not (tmp_path / "a.safetensors").exists()
 
 
+#: Of a point cloud model, but for the axes of its weights.
+FLAT = {"encoder.conv.0.weight": torch.zeros(3), "decoder.model.8.weight": torch.zeros(60)}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"epoch": 3, "model": {"conv.weight": torch.zeros(2)}}, "model has the keys conv.weight: accepted"),
         ({"epoch": 3, "model": {"encoder.main.0.weight": torch.zeros(2, 3, 5, 5)}}, "not whole"),
+        ({"models": 3}, "not whole (TypeError"),
+        ({"model": {"encoder.main.0.weight": "text"}}, "not whole (AttributeError"),
+        ({**FLAT, "decoder.model.0.weight": torch.zeros(3)}, "not whole (IndexError"),
         ({"state_dict": {}}, "holds the keys state_dict: accepted are"),
         ({}, "holds nothing"),
         ([torch.zeros(2)], "holds a list"),

@@ -17,6 +17,7 @@ from sivae_fast.models.residual import ResidualModel
 from sivae_fast.models.style import StyleModel
 from sivae_fast.published import read_published
 from tests.published_files import half, style_content, trained_to, write
+from tests.test_image_configs import RESIDUAL, STYLE
 
 torch.set_num_threads(1)
 SMALL = {"resolution": 32, "start_channels": 4, "max_channels": 16, "latent_size": 8}
@@ -68,6 +69,12 @@ def test_a_name_that_contradicts_its_file_is_refused(tmp_path, name, message):
 def test_a_name_may_say_a_lower_level_than_the_weights(tmp_path):
     source = low(tmp_path, "model_tmp_lod1.pth", 3, 19)[1]
     assert read_published(source).level == 1
+
+
+def test_a_file_that_was_not_trained_at_all_has_the_level_of_its_name_or_none(tmp_path):
+    assert read_published(low(tmp_path, "model_tmp_lod1.pth", -1, 0)[1]).level == 1
+    unnamed = read_published(low(tmp_path, "unnamed.pth", -1, -1)[1])
+    assert unnamed.level is None and unnamed.epoch == 0 and "nothing says which level" in unnamed.notes[-1]
 
 
 def grown(tmp_path: Path, images_per_level: int, **values):
@@ -144,3 +151,25 @@ def test_point_cloud_files_say_their_epoch_in_their_name(tmp_path, name):
         if key.startswith("encoder.conv") and value.ndim == 2:
             state[key] = value[:, :, None].clone()
     assert read_published(write(tmp_path / f"{name}.pth", state)).epoch == 1618
+
+
+def test_names_of_data_sets_say_the_images_of_an_epoch(tmp_path):
+    """As the shipped configurations count them."""
+    pictures = {name: values.pictures for name, values in RESIDUAL.items()}
+    pictures |= {name.removesuffix("256"): values[2] for name, values in STYLE.items()}
+    content = {"epoch": 1, "model": ResidualModel(16, widths=(4, 8), latent_size=4).state_dict()}
+    for name in pictures.keys() - {"bootstrap-cifar10", "monsters128"}:  # published under other names
+        found = read_published(write(tmp_path / f"{name}_soft_intro_epoch_1.pth", content))
+        assert (name, found.epoch, found.epoch_images) == (name, 1, pictures[name])
+
+
+@pytest.mark.parametrize(("said", "fits"), [(218, True), (220, True), (217, False), (221, False)])
+def test_a_name_may_be_one_epoch_off_its_content(tmp_path, said, fits):
+    """Files are written before and after an epoch is counted; the content knows."""
+    content = {"epoch": 219, "model": ResidualModel(16, widths=(4, 8), latent_size=4).state_dict()}
+    source = write(tmp_path / f"svhn_epoch_{said}.pth", content)
+    if fits:
+        assert read_published(source).epoch == 219
+    else:
+        with pytest.raises(CheckpointError, match=f"its name says epoch {said}, its content epoch 219"):
+            read_published(source)

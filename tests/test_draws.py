@@ -39,6 +39,7 @@ def test_joined_streams_give_what_each_gives_alone():
         alone = [getattr(stream, kind)(2, 3, dtype=torch.float64) for stream in (a, b)]
         assert torch.equal(both, torch.cat(alone))
     assert joined.shared_normal(1, 2, dtype=torch.float64).dtype == torch.float64
+    assert joined.device == a.device
 
 
 def test_wrong_numbers_of_rows_are_refused():
@@ -64,8 +65,8 @@ def test_pieces_of_pieces_are_rows_of_the_same_global_batch():
     draws = Draws(1, 0, Rows.all(8).part(1, 2).part(1, 2))
     whole = draws.over(Rows.all(8)).stream("a").normal(8, 3)
     assert torch.equal(draws.stream("a").normal(2, 3), whole[6:])
-    asked = Draws(1, 0, Rows.all(8), "cpu", lambda name, rows: (name, rows)).over(Rows(2, 4, 8))
-    assert asked.stream("a") == ("a", Rows(2, 4, 8))
+    asked = Draws(1, 0, Rows.all(8), "meta", lambda name, rows: (name, rows)).over(Rows(2, 4, 8))
+    assert asked.stream("a") == ("a", Rows(2, 4, 8)) and asked.device == "meta"
 
 
 def test_kinds_of_draws():
@@ -78,6 +79,14 @@ def test_kinds_of_draws():
     index = stream.index(1, 2)
     assert index.dtype == torch.int64 and index.ndim == 0
     assert stream.normal(1000, 2, dtype=torch.float64).dtype == torch.float64
+
+
+def test_a_stream_goes_on_from_draw_to_draw():
+    """The noise maps of a network are draws of one stream, and none repeats another."""
+    stream = Stream(1, Rows.all(2))
+    kinds = 2 * [stream.normal, stream.shared_normal]
+    assert len({draw(2, 1)[0].item() for draw in kinds}) == 4
+    assert not torch.equal(stream.uniform(2, 3), stream.uniform(2, 3))
 
 
 def test_a_restarted_stream_is_a_new_one():

@@ -9,6 +9,7 @@ from PIL import Image
 
 import sivae_fast
 from sivae_fast.checkpoint import CheckpointError
+from sivae_fast.draws import Rows, Stream
 from sivae_fast.evaluation.batchnorm import batch_norms
 from sivae_fast.inference import Inference
 from sivae_fast.trained import batch_norm_is_measured_anew, named_set, pick_device
@@ -405,3 +406,31 @@ def test_a_set_with_factors_gives_the_training_images_of_its_models(runs, tmp_pa
     images = factors.images[~factors.test][:5].permute(0, 3, 1, 2)
     assert torch.equal(run.training_images(5), images)
     assert run.reconstruct(run.own_images(2)).shape == (2, 3, 16, 16)  # measures batch norm with them
+
+
+def test_a_model_samples_its_own_prior_in_its_own_precision_with_noise_of_the_seed(runs):
+    model = sivae_fast.load(runs.clouds)
+    model.decode = lambda z, stream: z
+    assert model.sample(500).std().item() == pytest.approx(0.2, rel=0.1)
+    assert model.double().sample(2).dtype == torch.float64
+    model.decode = lambda z, stream: stream.normal(len(z), 3)
+    for found in (model.sample(2, seed=5), model.reconstruct(torch.rand(2, 20, 3).double(), seed=5)):
+        assert torch.equal(found, Stream(5, Rows.all(2)).normal(2, 3))
+
+
+def test_under_autocast_lower_precision_passes_and_what_is_no_float_or_empty_does_not(runs):
+    model, x = sivae_fast.load(runs.clouds), torch.rand(2, 20, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.encode(x.bfloat16()).mean.shape == (2, 4)
+        for wrong in (x.int(), x.double(), x[:, :0]):
+            with pytest.raises(ValueError, match=r"x is .*, must be a float32 tensor \[B, points, 3\]"):
+                model.encode(wrong)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_images_are_asked_for_is_an_error(runs, count):
+    for run in (load(runs.residual), load(runs.translation)):
+        with pytest.raises(ValueError, match=f"count is {count}, must be a whole number, at least 1"):
+            run.own_images(count)
+    with pytest.raises(ValueError, match=f"count is {count}, must be"):
+        load(runs.style).read([runs.colour], count)

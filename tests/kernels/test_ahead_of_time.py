@@ -68,8 +68,8 @@ REGISTERS = {
     "backward_kernel": (152, 152),
     "weights_kernel": (255, 96),
 }
-#: Older compilers count registers otherwise: there the kernels have to compile.
-BUDGETED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+#: Other compilers spend registers otherwise: there the kernels have to compile.
+BUDGETED = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SAMPLES, LATENTS = 4, 512
 

@@ -280,6 +280,21 @@ def test_what_is_kept_with_weights_is_not_taken_for_a_copy_that_changed_as_often
     torch.testing.assert_close(torch.cat(closed_form._columns(twin, torch.float64), 1).T, twin)
 
 
+def test_what_is_kept_with_weights_follows_their_changes_and_the_dtype():
+    weights = torch.rand(4, 3, dtype=torch.float64)
+    kept = lambda dtype: torch.cat(closed_form._columns(weights, dtype), 1).T
+    for dtype in (torch.float64, torch.float32):
+        torch.testing.assert_close(kept(dtype), weights.to(dtype))
+    weights.mul_(2)
+    torch.testing.assert_close(kept(torch.float32), weights.float())
+
+
+def test_long_rows_in_half_precision_are_computed_in_float32():
+    half = mapped(chain((2, 70_000), 3), torch.Tensor.bfloat16)
+    found = [phase(s, SOFT_MEMBERS, table(soft(70_000)))[1] for s in (half, mapped(half, torch.Tensor.float))]
+    torch.testing.assert_close(*found)
+
+
 def test_a_backward_pass_that_cannot_tell_is_asked_once(monkeypatch):
     """`torch.autograd.grad` raises for its leaves: nine times of that made a small loss slow."""
     asked, ask = [], torch._C._will_engine_execute_node

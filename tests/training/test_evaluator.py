@@ -1,5 +1,6 @@
 """Measurements while training: due once each, on all ranks, and training goes on as if there were none."""
 
+import contextlib
 import json
 import math
 import random
@@ -16,10 +17,13 @@ from sivae_fast.commands.report import report
 from sivae_fast.config import ConfigError, make_config
 from sivae_fast.evaluation import reconstruction
 from sivae_fast.evaluation.features import load_features
+from sivae_fast.growth import Stage
 from sivae_fast.inference import Inference
 from sivae_fast.measure import evaluate
+from sivae_fast.progress import Progress
 from sivae_fast.run import append_metric, read_metrics, read_stats
-from sivae_fast.training import evaluator
+from sivae_fast.systems import make_model
+from sivae_fast.training import evaluator, recorder
 from sivae_fast.training.loop import Trainer, train
 
 RESIDUAL = {"kind": "residual", "resolution": 16, "channels": 1, "widths": [4, 8], "latent_size": 4}
@@ -116,14 +120,16 @@ def test_the_best_model_so_far_is_kept(tmp_path, pictures, monkeypatch, metric):
         records = of(self, *about)
         records[metric]["value"] = next(values)
         if records[metric]["resolution"] == 16:
-            rival = {**records[metric], "value": 0.0 if metric == "mse" else 99.0, "mirrored": True}
-            append_metric(next(tmp_path.glob("*/run.json")).parent, metric, rival)
+            better = {**records[metric], "value": 0.0 if metric == "mse" else 99.0}
+            for other in ("mirrored", "rounded", "features"):
+                rival = {**better, other: "of another protocol"}
+                append_metric(next(tmp_path.glob("*/run.json")).parent, metric, rival)
         return records
 
     monkeypatch.setattr(evaluator.ImageMeasures, "of", measured)
     asked = {"every": 32, "metrics": [metric, "log_likelihood"], "images": 20}
     run = train(settings(tmp_path, pictures, 128, model=STYLE, evaluate=asked))
-    assert [r["resolution"] for r in read_metrics(run)[metric]] == [8, 16, 16, 16, 16, 16, 16]
+    assert [r["resolution"] for r in read_metrics(run)[metric]] == [8] + [16] * 12
     best = sivae_fast.load(run / f"best-{metric}.safetensors")
     assert best.images == 96 and best.facts["weights"] == "averaged"
     assert [path.name for path in run.glob("best-*")] == [f"best-{metric}.safetensors"]
@@ -164,12 +170,53 @@ def test_a_resumed_run_repeats_none_and_skips_none(tmp_path, pictures):
     assert read_metrics(straight) == read_metrics(resumed) and ticks(straight) == ticks(resumed)
 
 
+def test_a_measurement_waits_for_its_tick_and_takes_no_time_of_training(tmp_path, pictures, monkeypatch):
+    """Due at 24, 48 and 72 images; what the end measures is not measured again where training goes on."""
+    inside, skipped = [], []
+
+    @contextlib.contextmanager
+    def averaged_buffers(model):
+        inside.append(model)
+        yield
+        inside.clear()
+
+    def measured(self, model, images, weights):
+        assert inside  # as all ranks have them together
+        return {"mse": {"images": images, "value": 1.0}}
+
+    monkeypatch.setattr(recorder, "averaged_buffers", averaged_buffers)
+    monkeypatch.setattr(evaluator.ImageMeasures, "of", measured)
+    monkeypatch.setattr(Progress, "skip", lambda self, seconds: skipped.append(seconds))
+    asked = {**MEASURED, "every": 24, "metrics": ["mse"]}
+    for images in (72, 96):
+        run = train(settings(tmp_path, pictures, images, evaluate=asked))
+    assert [r["images"] for r in read_metrics(run)["mse"]] == [32, 48, 72, 96]
+    assert len(skipped) == 4 and min(skipped) > 0
+
+
 def test_it_can_be_turned_on_and_off_on_the_way(tmp_path, pictures):
     train(settings(tmp_path, pictures, 48))
     run = train(settings(tmp_path, pictures, 80, evaluate=MEASURED))
     assert run == train(settings(tmp_path, pictures, 96))
     assert [r["images"] for r in read_metrics(run)["mse"]] == [64, 80]
     assert_same_training(run, train(settings(tmp_path / "straight", pictures, 96)))
+
+
+def test_what_is_measured_is_what_was_asked_for(tmp_path, pictures, monkeypatch):
+    told = []
+    monkeypatch.setattr(evaluator, "evaluate", lambda *given, **options: told.append((*given, options)))
+    asked = {"every": 8, "images": 20, "data": str(pictures), "weights": "there"}
+    train = {"images": 80, "batch": 8, "seed": 3}
+    for metrics in (["ssim", "mse"], ["ssim"]):  # 8 pixels are too few for one of them
+        config = settings(tmp_path, None, 80, STYLE, {**asked, "metrics": metrics}, train=train)
+        made = evaluator.Evaluator(config, torch.device("cpu"))
+        found = made.measure(make_model(config), Stage(1, 0.5, 8, 1e-3, 16.0), 24, "raw")
+    assert found == {}
+    ((run, metrics, options),) = told
+    assert metrics == ["mse"] and run.resolution == 8 and made._model._blend == 0.5
+    assert options == {
+        "features": None, "count": 20, "seed": 3, "data": str(pictures), "weights": "there"
+    }  # fmt: skip
 
 
 def test_small_levels_have_no_ssim(tmp_path, pictures):
@@ -275,6 +322,15 @@ def test_no_path_of_this_machine_leaves_it(tmp_path, pictures):
     measured = settings(tmp_path, pictures, evaluate=paths)
     assert "/home/me" not in json.dumps(measured.portable().to_dict())
     assert measured.identity() == settings(tmp_path, pictures).identity()
+
+
+def test_the_best_is_the_most_or_the_least():
+    known = {name for module in (measure, measure_clouds, measure_translation) for name in module.METRICS}
+    errors = {"fid", "kid", "mse", "lpips", "swap_mse", "swap_lpips", "jsd", "mmd_chamfer", "mmd_emd"}
+    errors |= {"class_from_content_code", "content_from_class_code"}  # what a code should not tell
+    assert {name for name in known if evaluator.is_best(name, 1.0, [2.0])} == errors
+    assert {name for name in known if evaluator.is_best(name, 2.0, [1.0])} == known - errors
+    assert not any(evaluator.is_best(name, 1.0, [1.0]) for name in known)
 
 
 @pytest.mark.parametrize("metric", ["psnr", "mse"])

@@ -18,7 +18,8 @@ from sivae_fast.inference_clouds import CloudInference
 from sivae_fast.measure_clouds import evaluate_clouds
 from sivae_fast.measure_translation import evaluate_translation
 from sivae_fast.run import read_metrics, read_stats
-from sivae_fast.training import recorder
+from sivae_fast.systems import make_model, make_schedule
+from sivae_fast.training import evaluator, recorder
 from sivae_fast.training.loop import train
 
 from .conftest import ROOT, environment
@@ -110,6 +111,18 @@ def by_one_process(kind, run):
     if kind == "clouds":
         return evaluate_clouds(CloudInference.load(run, **options), CLOUDS, split="validation", **about)
     return evaluate_translation(Inference.load(run, **options), SWAPS, **about)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_measured_is_what_was_asked_for(tmp_path, settings, monkeypatch, kind):
+    told = []
+    for name in ("evaluate_clouds", "evaluate_translation"):
+        monkeypatch.setattr(evaluator, name, lambda run, metrics, **options: told.append((metrics, options)))
+    config = settings(kind, tmp_path, {"every": 8, "metrics": MEASURED[kind], "images": 30})
+    stage = make_schedule(config).at(8)
+    evaluator.Evaluator(config, torch.device("cpu")).measure(make_model(config), stage, 8, "raw")
+    ((metrics, options),) = told
+    assert [*metrics] == MEASURED[kind] and options["count"] == 30
 
 
 @pytest.mark.parametrize(("kind", "usual"), [("clouds", ["jsd"]), ("translation", ["mse", "swap_mse"])])

@@ -298,12 +298,17 @@ def test_every_difference_is_named(monkeypatch):
 
 
 def test_where_things_lie_may_differ_between_ranks_and_nothing_else():
-    here = make_config({"data": {"path": "/a", "workers": 1}, "run": {"folder": "/b"}})
-    there = make_config({"data": {"path": "/c", "workers": 2}, "run": {"folder": "/d"}})
+    places = lambda at, number: {
+        "data": {"path": at, "workers": number, "cache_gib": number},
+        "evaluate": {"data": at, "weights": at},
+        "run": {"folder": at},
+    }
+    here, there = make_config(places("/a", 1)), make_config(places("/b", 2))
     facts = agreement.program_facts(here, "torch", 0)
     assert facts == agreement.program_facts(there, "torch", 0)
-    assert facts != agreement.program_facts(here, "deepspeed", 1)
-    other = agreement.program_facts(make_config({"run": {"tick": 5}, "data": {"path": "/a"}}), "torch", 0)
+    engines = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1)]
+    assert len({str(agreement.program_facts(here, *engine)) for engine in engines}) == 3
+    other = agreement.program_facts(make_config({"run": {"tick": 5}}), "torch", 0)
     assert [key for key in facts if facts[key] != other[key]] == ["run.tick"]
     assert facts["source file kernels/gaussian.py"] and facts["source file sivae_fast/training/loop.py"]
 

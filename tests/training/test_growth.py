@@ -82,6 +82,10 @@ def test_stages_are_the_levels_that_are_trained_with_their_own_values():
         Schedule(batch=4, learning_rate=[1e-3, 1e-4])
 
 
-def test_too_few_values_name_the_key():
-    with pytest.raises(ValueError, match=r"train.batch has 2 values, the model has 3 levels of detail"):
-        Schedule(levels=3, images_per_level=10, batch=[4, 4], learning_rate=1e-3)
+@pytest.mark.parametrize(
+    "key", ["train.batch", "train.micro_batch", "optim.learning_rate", "objective.beta_neg"]
+)
+def test_too_few_values_name_the_key(key):
+    values = {"batch": 4, "learning_rate": 1e-3, key.partition(".")[2]: [4, 4]}
+    with pytest.raises(ValueError, match=rf"{key} has 2 values, the model has 3 levels of detail"):
+        Schedule(levels=3, images_per_level=10, **values)

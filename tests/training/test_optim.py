@@ -147,9 +147,11 @@ def test_buffers_are_means_over_ranks_for_a_while(monkeypatch):
     monkeypatch.setattr(averaging, "dist", types.SimpleNamespace(**ranks))
     model = small_model()
     model.dlatent_avg.fill_(4.0)
-    with averaging.averaged_buffers(model):
+    with pytest.raises(KeyError), averaging.averaged_buffers(model):
         assert (model.dlatent_avg == 6).all() and model._blend == 1
+        raise KeyError  # whatever ends it
     assert (model.dlatent_avg == 4).all()
+    assert [*averaging.own_buffers(torch.nn.BatchNorm1d(2))] == ["running_mean", "running_var"]  # no counter
 
 
 def test_loaded_state_continues_in_channels_last_memory():
@@ -180,3 +182,9 @@ def test_loaded_state_continues_in_channels_last_memory():
 
     for plain, reloaded in zip(run(False), run(True), strict=True):
         assert torch.equal(plain, reloaded)
+
+
+def test_an_unknown_implementation_is_named():
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "factor": 1.0}]
+    with pytest.raises(ValueError, match=r"optim\.implementation is 'sgd', must be one of .*torch"):
+        make_optimizer(groups, implementation="sgd")

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sivae_fast.growth import Stage
 from sivae_fast.models.mlp import MLPModel
 from sivae_fast.models.style import StyleModel
 from sivae_fast.models.two_encoder import TwoEncoderModel
-from sivae_fast.objectives import IntroVAE, LinearIntroVAE, SoftIntroVAE
+from sivae_fast.objectives import VAE, IntroVAE, LinearIntroVAE, SoftIntroVAE
 from sivae_fast.training.iteration import Iteration
 from sivae_fast.training.step import Step, posterior_surrogate
 
@@ -203,6 +204,20 @@ def test_vae_phase_equals_one_backward_through_both():
         torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad, rtol=1e-9, atol=1e-12)
 
 
+def test_given_errors_are_those_of_a_target_and_its_prediction():
+    """An error need not be symmetric: this one tells which is which."""
+    model, x = mlp_model(), torch.randn(BATCH, 2, dtype=torch.float64)
+    error = lambda target, prediction: target.square().sum(1) + 0 * prediction.sum(1)
+    step, draws = Step(model, soft(0.5), error=error), Draws(0, 0, Rows.all(BATCH))
+    encoder, shared = step.encoder_phase(x, draws)
+    decoder, (vae, _, _) = step.decoder_phase(x, draws, shared), step.vae_phase(x, draws)
+    for loss in (encoder, decoder, vae):
+        torch.testing.assert_close(loss.statistics["rec_real"], error(x, x))
+    for name, fake in zip(step.sources, shared.decoded, strict=True):
+        for loss in (encoder, decoder):
+            torch.testing.assert_close(loss.statistics[f"rec_{name}"], error(fake, fake).detach())
+
+
 def forward_equivalents(schedule: str, objective) -> float:
     """Multiply-adds of one iteration over those of one pass of one network (encoder and decoder alike)."""
     torch.manual_seed(0)
@@ -282,15 +297,31 @@ def test_what_the_decoder_phase_draws_is_drawn_anew(options):
         assert {name.removesuffix("/decoder") for name in draws.names} == set(first)
 
 
-def test_half_precision_posteriors_and_frozen_parameters_stay_what_they_are():
+@pytest.mark.parametrize("draws", [False, True])
+def test_half_precision_posteriors_and_frozen_parameters_stay_what_they_are(draws):
     """Latents and divergences are float32 under autocast; a parameter the user froze is not thawed."""
     model, x = swapping_model(), torch.rand(BATCH, 3, 8, 8)
+    if draws:
+        model.random_encoder, encode = True, model.encode
+        model.encode = lambda x, stream: encode(x)
     frozen = next(model.decoder.parameters()).requires_grad_(False)
     step = Step(model, soft_with_swaps(), share_forward=False, autocast=torch.bfloat16)
     loss, shared = step.encoder_phase(x, Draws(0, 0, Rows.all(BATCH)))
     assert shared.decoded is None and shared.z.dtype == torch.float32
     assert all(values.dtype == torch.float32 for values in loss.statistics.values())
     assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
+
+
+def test_a_phase_that_fails_leaves_no_parameter_frozen():
+    """Where memory runs out, a smaller batch is tried with the same networks."""
+    model, x = mlp_model(), torch.randn(BATCH, 2, dtype=torch.float64)
+    step, draws = Step(model, soft(), share_forward=False), Draws(0, 0, Rows.all(BATCH))
+    for network, phase in (("decode", step.encoder_phase), ("encode", step.decoder_phase)):
+        given = [step.encoder_phase(x, draws)[1]] if network == "encode" else []
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(model, network, Mock(side_effect=MemoryError))
+            phase(x, draws, *given)
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -315,6 +346,9 @@ def test_bad_options_name_what_is_accepted():
         Step(mlp_model(), soft(), fresh_draws=True)
     with pytest.raises(ValueError, match="weighs the fakes rec, fake, the model makes rec, fake, swap"):
         Step(swapping_model(), soft())
+    with pytest.raises(ValueError, match="weighs the fakes rec, fake, swap, the model makes rec, fake"):
+        Step(mlp_model(), soft_with_swaps())
+    assert Step(swapping_model(), VAE(beta_rec=1, beta_kl=1)).sources  # a VAE makes none of them
 
 
 def iteration(**sections) -> Iteration:
