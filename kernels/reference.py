@@ -64,7 +64,9 @@ def element_errors(target: Tensor, prediction: Tensor, kind: str, huber_delta: f
         log_y, log_rest = prediction.log().clamp(min=-100), (-prediction).log1p().clamp(min=-100)
         errors = -(target * log_y + (1 - target) * log_rest)
     else:
-        errors = prediction.clamp(min=0) - prediction * target + prediction.abs().neg().exp().log1p()
+        # Where both are equal, maximum has a slope of 1/2: with it the sum's is right at 0, too.
+        positive = torch.maximum(prediction, prediction.new_zeros(()))
+        errors = positive - prediction * target + prediction.abs().neg().exp().log1p()
     return inside_unit(target, errors)
 
 
@@ -83,7 +85,11 @@ def reconstruction_error(
 
 
 def clamp_logvar(logvar: Tensor, bounds: tuple[float, float] | None) -> Tensor:
-    return logvar if bounds is None else logvar.clamp(*bounds)
+    """Within the bounds, if any. Gradients pass on a bound; there torch.clamp's depend on its version."""
+    if bounds is None:
+        return logvar
+    low, high = bounds
+    return torch.where(logvar < low, low, torch.where(logvar > high, high, logvar))
 
 
 def gaussian_kl(

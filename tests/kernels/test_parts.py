@@ -83,6 +83,25 @@ def test_bounds_hold_for_every_kind_of_noise():
     assert torch.equal(gaussian_kl(mean, logvar, logvar_clamp=(-0.5, 0.5)), kl)
 
 
+@pytest.mark.parametrize("definition", [True, False])
+def test_gradients_on_a_bound_are_those_inside(definition):
+    kl = reference.gaussian_kl if definition else gaussian_kl
+    mean, logvar = torch.zeros(2, 3), torch.tensor([[-0.5, 0.0, 0.5], [-0.6, 0.1, 0.6]]).requires_grad_()
+    found = kl(mean, logvar, bounds=(-0.5, 0.5)) if definition else kl(mean, logvar, logvar_clamp=(-0.5, 0.5))
+    (gradient,) = torch.autograd.grad(found.sum(), logvar)
+    inside = 0.5 * logvar.detach().expm1()
+    inside[1, [0, 2]] = 0
+    torch.testing.assert_close(gradient, inside)
+
+
+@pytest.mark.parametrize("error", [reference.reconstruction_error, reconstruction_error])
+def test_the_gradient_of_logits_of_zero(error):
+    """A decoder whose last layer starts at zero gives no others."""
+    y, x = torch.zeros(2, 3, requires_grad=True), torch.rand(2, 3)
+    (gradient,) = torch.autograd.grad(error(x, y, kind="bce_logits").sum(), y)
+    torch.testing.assert_close(gradient, 0.5 - x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_share_memory_with_nothing(dtype):
     """Two passes add up in place, and what is done to a gradient is done to it alone."""
