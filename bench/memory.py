@@ -5,7 +5,7 @@
 Writes memory-<device>.json and .png under bench/results. A number is what one iteration adds at its peak to a
 process that holds networks, optimizer states and inputs, and the plain trainer's also the gradients of the
 iteration before, which it keeps; each is measured in a process of its own, and one that fails says why in its
-place. On a CPU it is resident memory (Linux), on a GPU what PyTorch allocated.
+place. On a CPU it is resident memory (Linux), the median of three processes; on a GPU what PyTorch allocated.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from sivae_fast.models.style import StyleModel
 from sivae_fast.training.recompute import recompute
 
 RESULTS = Path(__file__).parent / "results"
+#: Processes a number; resident memory differs by tens of MiB from one to the next.
+RUNS = {"cpu": 3, "cuda": 1}
 
 
 def plain(model: StyleModel) -> Iteration:
@@ -115,12 +118,15 @@ def main() -> None:
     for provider in PROVIDERS:
         for batch in options.batches:
             command = [sys.executable, __file__, "--resolution", str(options.resolution)]
-            done = subprocess.run([*command, "--one", provider, str(batch)], capture_output=True, text=True)
+            command += ["--one", provider, str(batch)]
+            runs = [subprocess.run(command, capture_output=True, text=True) for _ in range(RUNS[device])]
             row = {"provider": provider, "batch": batch}
-            if done.returncode:
-                row["refused"] = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            if failed := [done for done in runs if done.returncode]:
+                row["refused"] = (
+                    failed[0].stderr.strip() or f"exit code {failed[0].returncode}"
+                ).splitlines()[-1]
             else:
-                row["mib"] = round(float(done.stdout), 1)
+                row["mib"] = round(statistics.median(float(done.stdout) for done in runs), 1)
             rows.append(row)
             print(row, flush=True)
             save(options.out / f"memory-{device}.json", {**known, "rows": rows})
