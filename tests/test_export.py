@@ -32,6 +32,7 @@ MODELS = {
 def snapshot(path, settings, **growth) -> str:
     error = {"reconstruction": "chamfer" if settings["kind"] == "pointnet" else "sse"}
     data = {"pointnet": {"kind": "pointclouds", "points": 12}, "mlp": {"kind": "density"}}
+    data |= {"two_encoder": {"kind": "factors"}}
     data = data.get(settings["kind"], {"kind": "images"})
     config = make_config({"model": settings, "objective": error, "data": data, "growth": growth})
     model = make_model(config)
