@@ -261,13 +261,8 @@ def _add_reconstruct(commands) -> None:
     command.add_argument(
         "--out", default="reconstructions.png", help="clouds: also .npy, .ply, .xml or a folder"
     )
-    command.add_argument(
-        "--count",
-        type=int,
-        default=argparse.SUPPRESS,
-        help="of the run's data or each folder of pictures (default: 16; into a file of one cloud: 1); at "
-        "most, of clouds in files (default: all)",
-    )
+    how_many = "default: 16; into a file of one cloud: 1; of clouds in files: all"
+    command.add_argument("--count", type=int, default=argparse.SUPPRESS, help=how_many)
     command.add_argument("--columns", type=int, default=8)
     command.add_argument("--resize", action="store_true", help=_RESIZE)
     _add_noise(command)
