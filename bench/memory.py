@@ -121,10 +121,8 @@ def main() -> None:
             command += ["--one", provider, str(batch)]
             runs = [subprocess.run(command, capture_output=True, text=True) for _ in range(RUNS[device])]
             row = {"provider": provider, "batch": batch}
-            if failed := [done for done in runs if done.returncode]:
-                row["refused"] = (
-                    failed[0].stderr.strip() or f"exit code {failed[0].returncode}"
-                ).splitlines()[-1]
+            if failed := next((done for done in runs if done.returncode), None):
+                row["refused"] = (failed.stderr.strip() or f"exit code {failed.returncode}").splitlines()[-1]
             else:
                 row["mib"] = round(statistics.median(float(done.stdout) for done in runs), 1)
             rows.append(row)

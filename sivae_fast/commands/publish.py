@@ -41,7 +41,10 @@ def push(
 def write_publication(
     source: str | os.PathLike, folder: str | os.PathLike, repo_id: str, *, averaged: bool = True
 ) -> None:
-    """The files of a repository: snapshot, configuration, card and samples. Nothing in them names a path."""
+    """The files of a repository: snapshot, configuration, card and samples. Nothing in them names a path.
+
+    A converted density model has no samples beside it: it does not say which density it has learned.
+    """
     folder = Path(folder)
     model = load(source, averaged=averaged)
     save_snapshot(folder / hub.MODEL, model, model.config, model.images, **model.facts)
@@ -49,7 +52,7 @@ def write_publication(
     text = json.dumps({**about, **model.config.portable().to_dict()}, indent=1)
     write_text(folder / hub.CONFIG, text + "\n")
     picture = None
-    if model.config.model.kind != "mlp" or "source" not in model.facts:  # which density it learned is known
+    if model.config.model.kind != "mlp" or "source" not in model.facts:
         picture = hub.PICTURE
         draw_samples(folder / hub.MODEL, folder / picture)
     card = describe(model, metrics_of(source), f'"{hub.PREFIX}{repo_id}"', picture)
