@@ -27,7 +27,7 @@ def fingerprint(path: Path) -> str:
     for file, size in zip(files, sizes, strict=True):
         name = "" if path.is_file() else file.relative_to(path).as_posix()
         digest.update(f"{name}\0{size}\0".encode())
-        if file.suffix == ".zip" and zipfile.is_zipfile(file):
+        if (file == path or file.suffix == ".zip") and zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 digest.update("".join(f"{m.filename}\0{m.CRC}\0" for m in archive.infolist()).encode())
     for piece in _pieces(files, sizes):
