@@ -351,7 +351,12 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         with open(path, "rb"):  # of a file that may not be read safetensors says that it does not exist
             return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as .safetensors ({error})") from error
+        hint = (
+            ""
+            if path.suffix == ".safetensors"
+            else "; `sivae-fast convert` makes a snapshot of a published file"
+        )
+        raise CheckpointError(f"{path} cannot be read as .safetensors ({error}){hint}") from error
 
 
 def _digest_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

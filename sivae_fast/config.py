@@ -173,6 +173,9 @@ class TrainConfig(Section):
     """The length of the run and the shape of one iteration."""
 
     images: PositiveInt = 1_000_000
+    init_from: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="a run, snapshot or hub:owner/name whose weights a new run begins with"
+    )
     batch: PositiveInt | tuple[PositiveInt, ...] | Literal["auto"] = Field(
         32, description="global batch, or one a level; auto: the largest that fits the GPUs in one pass"
     )
@@ -295,10 +298,14 @@ class Config(Section):
         if path and path != "quickstart":
             data = data.model_copy(update={"path": None if data.kind == "images" else _last_part(path)})
         objective = {"perceptual_weights": weights and _last_part(weights)}
+        source = self.train.init_from
+        if source and not source.startswith("hub:"):
+            source = _last_part(source)
         return self.model_copy(
             update={
                 "data": data,
                 "objective": self.objective.model_copy(update=objective),
+                "train": self.train.model_copy(update={"init_from": source}),
                 "engine": self.engine.model_copy(update={"deepspeed": {}}),
                 "evaluate": self.evaluate.model_copy(update={"data": None, "weights": None}),
                 "run": self.run.model_copy(update={"folder": RunConfig().folder}),
@@ -312,6 +319,8 @@ class Config(Section):
             kept.pop(free)
         for name in ("images", "micro_batch", "recompute", "compile", "graphs"):
             kept["train"].pop(name)
+        if kept["train"]["init_from"] is None:  # a key that came later: runs from before are found, too
+            kept["train"].pop("init_from")
         for name in ("loader", "workers", "cache_gib"):
             kept["data"].pop(name, None)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

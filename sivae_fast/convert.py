@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 
 import torch
@@ -173,15 +172,14 @@ def _moments(model: Model, side: str, state: dict) -> tuple[dict[str, Tensor], i
 
 def _first_image(found: Published, config: Config) -> int:
     """Images seen, by what the file says; tells what was assumed."""
-    growth = config.growth
-    each = found.epoch_images or _PUBLISHED_SCHEDULES.get(growth.images_per_level)
+    each = found.epoch_images or _PUBLISHED_SCHEDULES.get(config.growth.images_per_level)
     if found.epoch is not None and each:
         images = found.epoch * each
         why = "this kind of file or its name" if found.epoch_images else "growth.images_per_level"
         logger.info("assumed: %s images seen, %s x %s, by %s", f"{images:,}", found.epoch, f"{each:,}", why)
         return images
     level = levels(config) - 1 if found.level is None else found.level
-    images = math.ceil(growth.images_per_level * (level + growth.fade)) if level else 0
+    images = make_schedule(config).faded_in(level)
     logger.warning(
         "assumed: %s images seen%s; the file does not say how many: --images does",
         f"{images:,}",

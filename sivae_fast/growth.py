@@ -69,6 +69,10 @@ class Schedule:
         share = (images - lod * self.images_per_level) / (self.fade * self.images_per_level)
         return 1.0 if share >= 1 else (1 - math.cos(math.pi * share)) / 2
 
+    def faded_in(self, lod: int) -> int:
+        """Images after which a level is faded in; 0 for the first one, and where nothing grows."""
+        return math.ceil(self.images_per_level * (lod + self.fade)) if lod else 0
+
     def batch(self, images: int) -> int:
         """Size of the global batch that starts at `images`."""
         return self._batch[self.lod(images)]

@@ -128,7 +128,7 @@ def _heed_name(found: Published, name: str) -> None:
 
 
 def _heed_level(found: Published, name: str) -> None:
-    trained, last = found.level, _last_level(found.weights)
+    trained, last = found.level, style_names.last_level(found.weights)
     reason = "the levels above are as they were made"
     if said := re.search(r"_lod(\d+)", name):
         found.level = int(said[1])
@@ -226,39 +226,24 @@ def at_level(found: Published) -> Published:
 
     Raises CheckpointError for level 0: a model has 8x8 images at least.
     """
-    dropped = 0 if found.level is None else _last_level(found.weights) - found.level
+    dropped = 0 if found.level is None else style_names.last_level(found.weights) - found.level
     if not dropped:
         return found
     if found.level == 0:
         raise CheckpointError("only its 4x4 level was trained, and models begin at 8x8: go on training it")
-    raw, averaged = (weights and _without(weights, dropped) for weights in (found.weights, found.averaged))
+    raw, averaged = (
+        weights and style_names.relevelled(weights, -dropped) for weights in (found.weights, found.averaged)
+    )
     return replace(
         found, settings={**found.settings, "model": _style_size(raw)}, weights=raw, averaged=averaged
     )
 
 
-def _without(weights: dict[str, Tensor], dropped: int) -> dict[str, Tensor]:
-    """The weights without the highest levels, which are the encoder's first and the decoder's last."""
-    last, kept = _last_level(weights), {}
-    for name, value in weights.items():
-        found = re.fullmatch(r"(encoder|decoder)\.(\w+)\.(\d+)\.(.+)", name)
-        if found and found[1] == "encoder":
-            index = int(found[3]) - dropped
-            name = None if index < 0 else f"encoder.{found[2]}.{index}.{found[4]}"
-        elif found and int(found[3]) > last - dropped:
-            name = None
-        if name:
-            kept[name] = value
-    return kept
-
-
-def _last_level(weights: dict[str, Tensor]) -> int:
-    return sum(re.fullmatch(r"decoder\.to_rgb\.\d+\.weight", name) is not None for name in weights) - 1
-
-
 def _trained_level(weights: dict[str, Tensor]) -> int | None:
     """The highest level that has learned anything: the biases of all levels begin at 0."""
-    biases = ((i, weights.get(f"decoder.to_rgb.{i}.bias")) for i in range(_last_level(weights) + 1))
+    biases = (
+        (i, weights.get(f"decoder.to_rgb.{i}.bias")) for i in range(style_names.last_level(weights) + 1)
+    )
     return max((i for i, bias in biases if isinstance(bias, Tensor) and bias.any()), default=None)
 
 
@@ -280,7 +265,7 @@ def _alae_mapping(models: Mapping) -> tuple[str, ...]:
 
 
 def _style_size(weights: dict[str, Tensor]) -> dict:
-    levels = _last_level(weights) + 1
+    levels = style_names.last_level(weights) + 1
     first = weights["encoder.from_rgb.0.weight"]
     return {
         "kind": "style",

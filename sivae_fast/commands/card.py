@@ -142,7 +142,7 @@ def _training_rows(config: Config) -> Iterable[tuple[str, str]]:
             "margin",
         ),
         "growth": ("images_per_level", "fade"),
-        "train": ("batch", "warmup_images", "precision", "schedule", "seed"),
+        "train": ("init_from", "batch", "warmup_images", "precision", "schedule", "seed"),
         "optim": ("learning_rate", "betas", "drops"),
         "average": ("half_life",),
     }

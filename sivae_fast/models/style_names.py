@@ -74,6 +74,29 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return networks
 
 
+def relevelled(state: Mapping[str, Tensor], added: int) -> dict[str, Tensor]:
+    """A state dict of `StyleModel` under the names that it has in a model with `added` more levels, whose own
+    tensors are not in it; where negative, without those of the highest levels.
+
+    The highest levels are the encoder's first modules and the decoder's last.
+    """
+    last, kept = last_level(state) + added, {}
+    for name, value in state.items():
+        found = re.fullmatch(r"(encoder|decoder)\.(\w+)\.(\d+)\.(.+)", name)
+        if found:
+            index = int(found[3]) + (added if found[1] == "encoder" else 0)
+            name = f"{found[1]}.{found[2]}.{index}.{found[4]}"
+            if index < 0 or (found[1] == "decoder" and index > last):
+                continue
+        kept[name] = value
+    return kept
+
+
+def last_level(state: Mapping[str, Tensor]) -> int:
+    """The highest level of detail in a state dict of `StyleModel`."""
+    return sum(re.fullmatch(r"decoder\.to_rgb\.\d+\.weight", name) is not None for name in state) - 1
+
+
 def _renamed(key: str, stems: list[tuple[str, str]]) -> str:
     for old, new in stems:
         if found := re.match(re.escape(old).replace(r"\{\}", r"(\d+)"), key):

@@ -21,6 +21,7 @@ from sivae_fast.config import Config
 #: Settings that may differ between ranks: where things lie on a node, and how it reads them.
 FREE = (
     "data.path", "data.workers", "data.cache_gib", "evaluate.data", "evaluate.weights", "run.folder",
+    "train.init_from",
 )  # fmt: skip
 ABSENT = "absent"
 _WORD = "sivae_fast/failed"  # where a rank that fails leaves the reason for the others

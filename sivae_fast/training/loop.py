@@ -21,11 +21,12 @@ from sivae_fast.training.engine import check_engine, deepspeed_missing, distribu
 from sivae_fast.training.fitting import fitted
 from sivae_fast.training.graphs import Graphs, check_graphs
 from sivae_fast.training.guard import Diverged, Guard
+from sivae_fast.training.initial import begin
 from sivae_fast.training.iteration import Iteration
 from sivae_fast.training.meter import means
 from sivae_fast.training.optim import set_learning_rate
 from sivae_fast.training.recorder import Recorder
-from sivae_fast.training.resume import go_back, restore, share_first_weights, state_of
+from sivae_fast.training.resume import go_back, restore, state_of
 from sivae_fast.training.signals import Stopper
 
 logger = logging.getLogger("sivae_fast")
@@ -79,17 +80,17 @@ class Trainer(Iteration):
         check_same(data_facts(self.data))
         self.facts = run_facts(config, self.data)
         super().__init__(config, self.data.input_shape, rank, world, device, kind, zero)
-        share_first_weights(self)
+        begin(self)
         self.graphs = Graphs(config.train.seed, device) if config.train.graphs else None
         self.guard = Guard(config)
-        self.lod, self.stage = schedule.lod(0), schedule.at(0)
+        self.lod, self.stage = schedule.lod(self.images), schedule.at(self.images)
         self._blend = torch.ones((), device=device)
         self.step_seconds = self.data_seconds = 0.0
         self.recorder = Recorder(self)
 
     def run(self) -> Path:
         """Trains to the end, to a signal or to a divergence; what was reached is saved on the way out."""
-        restore(self)
+        resumed = restore(self)
         if self.images >= self.config.train.images:
             logger.info(
                 "%s is finished at %s images: train.images=N goes on, run.new=true starts another",
@@ -97,7 +98,7 @@ class Trainer(Iteration):
                 f"{self.images:,}",
             )
             return self.recorder.folder
-        self.recorder.start()
+        self.recorder.start(resumed)
         batches = self._batches()
         with Stopper(self.world, self.config.engine.timeout_seconds) as stopper:
             while self.images < self.config.train.images:

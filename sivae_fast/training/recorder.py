@@ -51,7 +51,7 @@ class Recorder:
         }
         if config.evaluate.every:
             self._every["evaluate"] = config.evaluate.every
-        self.marks = dict(self._every)
+        self.marks = {kind: _next_mark(trainer.images, every) for kind, every in self._every.items()}
         # Before there is a run folder: what is missing shows here rather than hours later.
         make = lambda: Evaluator(config, trainer.device) if config.evaluate.every else None
         self._evaluator = on_all_ranks(make)
@@ -63,15 +63,15 @@ class Recorder:
         self._unsaved: OSError | None = None
         self._left_from: int | None = None  # images beyond which weights are of a course that was left
 
-    def start(self) -> None:
-        """The first tick's pictures, or after a checkpoint was restored: drops what lies beyond it."""
+    def start(self, resumed: bool) -> None:
+        """The first tick's pictures; after a checkpoint was restored: drops what lies beyond it."""
         trainer = self._trainer
         self._begin()
         if self._run is None:
             return
         self._run.truncate_after(trainer.images)
         trainer.data.fixed(1)  # fails here rather than hours later
-        if trainer.images == 0:
+        if not resumed:
             logger.info("run folder %s", self.folder)
             self._save_samples()
 
@@ -92,7 +92,7 @@ class Recorder:
         trainer = self._trainer
         self._tick_images = trainer.images
         for kind, every in self._every.items():  # new or shorter than when the run was saved: from now on
-            mark = (trainer.images // every + 1) * every
+            mark = _next_mark(trainer.images, every)
             self.marks[kind] = min(self.marks.get(kind, mark), mark)
         if self._run:
             self._progress = Progress(trainer.config.train.images, trainer.images)
@@ -109,7 +109,7 @@ class Recorder:
         if "tick" not in due and not finished:
             due.discard("evaluate")  # its results go into the line of a tick
         for kind in due:
-            self.marks[kind] = (images // self._every[kind] + 1) * self._every[kind]
+            self.marks[kind] = _next_mark(images, self._every[kind])
         if "tick" in due or finished:
             self._write_tick(evaluate="evaluate" in due or finished)
         elif self._progress and self._progress.due():  # else each iteration would spend 0.1 ms on the memory
@@ -282,6 +282,10 @@ class Recorder:
         model = trainer.average.model() if trainer.average else trainer.model
         model.set_level(trainer.stage.lod, trainer.stage.blend)
         return model
+
+
+def _next_mark(images: int, every: int) -> int:
+    return (images // every + 1) * every
 
 
 def _say_what_differs(config: Config) -> None:

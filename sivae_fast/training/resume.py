@@ -95,17 +95,6 @@ def _own_tick(state: dict, rank: int, world: int) -> dict[str, tuple[float, int]
     return state["tick"] if rank == 0 else dict.fromkeys(state["tick"], (0.0, 0))
 
 
-def share_first_weights(trainer) -> None:
-    """Gives every rank the initial weights of rank 0: other processors round them otherwise. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    averaged = trainer.average.state().values() if trainer.average else ()
-    for tensor in (*trainer.model.parameters(), *trainer.model.buffers(), *averaged):
-        dist.broadcast(tensor.data, src=0)
-    for engine in trainer.engines.values():
-        engine.parameters_changed()
-
-
 def go_back(trainer, error: Diverged) -> None:
     """Back to the last planned checkpoint, leaving out the images seen since. Collective.
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sivae_fast.checkpoint import load_newest, part
 from sivae_fast.models.residual import ResidualModel
 from sivae_fast.training.averaging import Average
-from sivae_fast.training.resume import share_first_weights
+from sivae_fast.training.initial import share_first_weights
 from tests.training.conftest import ROOT, environment
 from tests.training.test_reduction import of_two_ranks
 
