@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -189,6 +190,18 @@ def test_fingerprint_of_a_large_file_reads_its_ends(tmp_path, monkeypatch):
         path.write_bytes(data)
         seen.add(fingerprint(path))
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.set"])
+def test_fingerprint_of_a_zip_has_the_checksums_of_all_members(tmp_path, monkeypatch, name):
+    """One byte differs that is in none of the pieces; the checksum that tells lies before them too."""
+    monkeypatch.setattr("sivae_fast.commands.fingerprint._pieces", lambda files, sizes: ())
+    seen = set()
+    for byte in b"xy":
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("0.png", bytes([byte]) * 9)
+        seen.add(fingerprint(tmp_path / name))
+    assert len(seen) == 2
 
 
 def test_two_ranks(tmp_path):
