@@ -8,6 +8,7 @@ The losses need torch alone and are loaded when first used:
 from importlib import import_module
 
 _LOSSES = {
+    "Model": "contract",
     "Posterior": "contract",
     **dict.fromkeys(
         ["IntroVAE", "LinearIntroVAE", "Loss", "SoftIntroVAE", "Term", "VAE", "check_statistics"],

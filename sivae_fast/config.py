@@ -89,8 +89,23 @@ class TwoEncoderModelConfig(Section):
     swapped_fakes: bool = Field(False, description="swapped pairs as a third kind of fake; even batches")
 
 
+class OwnModelConfig(Section):
+    """An image model that is no part of the package, see docs/plug-in.md."""
+
+    kind: Literal["own"] = "own"
+    source: str = Field(description="FILE.py:CLASS, a subclass of sivae_fast.Model")
+    resolution: PositiveInt
+    channels: Literal[1, 3] = 3
+    settings: dict[str, Any] = Field(default_factory=dict, description="further arguments of the class")
+
+
 ModelConfig = Annotated[
-    StyleModelConfig | ResidualModelConfig | MLPModelConfig | PointNetModelConfig | TwoEncoderModelConfig,
+    StyleModelConfig
+    | ResidualModelConfig
+    | MLPModelConfig
+    | PointNetModelConfig
+    | TwoEncoderModelConfig
+    | OwnModelConfig,
     Field(discriminator="kind"),
 ]
 
@@ -301,8 +316,12 @@ class Config(Section):
         source = self.train.init_from
         if source and not source.startswith("hub:"):
             source = _last_part(source)
+        model = self.model
+        if model.kind == "own":
+            model = model.model_copy(update={"source": _last_part(model.source)})
         return self.model_copy(
             update={
+                "model": model,
                 "data": data,
                 "objective": self.objective.model_copy(update=objective),
                 "train": self.train.model_copy(update={"init_from": source}),

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 #: The kinds of data that a model of that kind can be trained on.
 DATA = {
     "style": ("images", "factors"), "residual": ("images", "factors"), "two_encoder": ("images", "factors"),
-    "mlp": ("density",), "pointnet": ("pointclouds",),
+    "own": ("images", "factors"), "mlp": ("density",), "pointnet": ("pointclouds",),
 }  # fmt: skip
 _OF_IMAGES = ("fid", "kid", "precision", "recall", "density", "coverage")
 _OF_IMAGES += ("mse", "psnr", "ssim", "lpips", "log_likelihood")
@@ -20,12 +20,13 @@ _OF_SWAPS += ("class_from_class_code", "content_from_class_code")
 _OF_SWAPS += ("class_from_content_code", "content_from_content_code")
 #: What can be measured while a model of that kind trains.
 METRICS = {
-    "style": _OF_IMAGES, "residual": _OF_IMAGES, "pointnet": _OF_CLOUDS, "two_encoder": _OF_SWAPS,
+    "style": _OF_IMAGES, "residual": _OF_IMAGES, "own": _OF_IMAGES,
+    "pointnet": _OF_CLOUDS, "two_encoder": _OF_SWAPS,
 }  # fmt: skip
 #: What is measured where evaluate.metrics does not say.
 USUAL_METRICS = {
-    "style": ("mse", "ssim"), "residual": ("mse", "ssim"), "pointnet": ("jsd",),
-    "two_encoder": ("swap_mse", "mse"),
+    "style": ("mse", "ssim"), "residual": ("mse", "ssim"), "own": ("mse", "ssim"),
+    "pointnet": ("jsd",), "two_encoder": ("swap_mse", "mse"),
 }  # fmt: skip
 
 

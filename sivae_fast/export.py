@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sivae_fast.checkpoint import load
 from sivae_fast.contract import Model
 from sivae_fast.files import filling, write_bytes
+from sivae_fast.inference import IMAGE_MODELS
 from sivae_fast.trained import batch_norm_is_measured_anew
 
 logger = logging.getLogger("sivae_fast")
@@ -125,7 +126,7 @@ def _quiet() -> Iterator[None]:
 
 def _input_shape(model: Model) -> tuple[int, ...]:
     settings = model.config.model
-    if settings.kind in ("style", "residual", "two_encoder"):
+    if settings.kind in IMAGE_MODELS:
         # The model's own: growing ones may have been stopped at a lower level than they are made for.
         return settings.channels, model.resolution, model.resolution
     if settings.kind == "pointnet":

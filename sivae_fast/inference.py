@@ -21,7 +21,7 @@ from sivae_fast.figures import to_uint8
 from sivae_fast.systems import image_path
 from sivae_fast.trained import CALIBRATION, Trained
 
-IMAGE_MODELS = ("style", "residual", "two_encoder")
+IMAGE_MODELS = ("style", "residual", "two_encoder", "own")
 
 
 class Inference(Trained):

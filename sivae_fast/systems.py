@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def make_model(config: Config) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         try:
-            return _model_class(config.model.kind)(**settings)
+            return _model_maker(config.model.kind)(**settings)
         except ValueError as error:
             raise ConfigError(f"model.{error}") from None
 
@@ -262,7 +263,7 @@ def levels(config: Config) -> int:
     return int(math.log2(config.model.resolution)) - 1 if config.model.kind == "style" else 1
 
 
-def _model_class(kind: str) -> type[Model]:
+def _model_maker(kind: str) -> Callable[..., Model]:
     if kind == "style":
         from sivae_fast.models.style import StyleModel
 
@@ -279,6 +280,10 @@ def _model_class(kind: str) -> type[Model]:
         from sivae_fast.models.pointnet import PointNetModel
 
         return PointNetModel
-    from sivae_fast.models.two_encoder import TwoEncoderModel
+    if kind == "two_encoder":
+        from sivae_fast.models.two_encoder import TwoEncoderModel
 
-    return TwoEncoderModel
+        return TwoEncoderModel
+    from sivae_fast.models.own import own_model
+
+    return own_model

@@ -214,7 +214,7 @@ def check_kind(config: Config, kinds: tuple[str, ...]) -> None:
 def batch_norm_is_measured_anew(model: Model) -> bool:
     """Whether commands measure the batch norm of a model of `load` anew, unless told otherwise: the model
     itself has the running statistics of training, which for images can look broken."""
-    return model.uses_batch_statistics and model.config.model.kind == "residual"
+    return model.uses_batch_statistics and model.config.model.kind in ("residual", "own")
 
 
 def pick_device(name: str) -> torch.device:

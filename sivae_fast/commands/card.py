@@ -21,6 +21,7 @@ SYSTEMS = {
     "mlp": "fully connected model of points in the plane",
     "pointnet": "point cloud model",
     "two_encoder": "class and content model of images",
+    "own": "image model of its own class",
 }
 _HEADER = """---
 library_name: sivae-fast

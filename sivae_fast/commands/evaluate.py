@@ -84,7 +84,7 @@ def _check_keeps(folder: Path) -> None:
 
 def _check_fit(kind: str, metrics, ood, weights, of_images: dict) -> None:
     """Raises ValueError for options that are of no use for this kind of model and these metrics."""
-    if kind in ("style", "residual"):
+    if kind in ("style", "residual", "own"):
         return _check_use(metrics or ["fid"], ood, weights=weights, **of_images)
     _refuse(kind, ood=ood, **of_images)
     if kind in ("mlp", "pointnet"):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sivae_fast.config import Config
+from sivae_fast.models import own as own_model
 
 #: Settings that may differ between ranks: where things lie on a node, and how it reads them.
 FREE = (
@@ -41,7 +42,7 @@ def program_facts(config: Config, kind: str, zero: int) -> dict[str, str]:
     """What runs here: settings, the resolved engine, PyTorch and every source file, each as short text."""
     facts = {key: value for key, value in _flat(config.to_dict()).items() if key not in FREE}
     facts |= {"the engine": f"{kind} with ZeRO {zero}", "torch": torch.__version__}
-    return facts | {f"source file {name}": digest for name, digest in source_files().items()}
+    return facts | {f"source file {name}": digest for name, digest in _sources(config).items()}
 
 
 def data_facts(data) -> dict[str, str]:
@@ -63,9 +64,15 @@ def source_files() -> dict[str, str]:
     }
 
 
+def _sources(config: Config) -> dict[str, str]:
+    """`source_files`, and the file of a model of one's own."""
+    own = {config.model.source: own_model.digest(config.model.source)} if config.model.kind == "own" else {}
+    return source_files() | own
+
+
 def run_facts(config: Config, data) -> dict[str, str]:
     """What a checkpoint remembers, to say on resume what has changed since."""
-    code = hashlib.sha256("".join(source_files().values()).encode()).hexdigest()[:12]
+    code = hashlib.sha256("".join(_sources(config).values()).encode()).hexdigest()[:12]
     return {**data_facts(data), "torch": torch.__version__, "checksum of the code": code}
 
 

@@ -165,6 +165,7 @@ class TranslationMeasures:
 MEASURES = {
     "style": ImageMeasures,
     "residual": ImageMeasures,
+    "own": ImageMeasures,
     "pointnet": CloudMeasures,
     "two_encoder": TranslationMeasures,
 }

@@ -104,7 +104,9 @@ def test_what_does_not_fit_is_named(runs, tmp_path, capsys, monkeypatch):
 
 
 def test_images_and_clouds_do_not_take_each_other(runs):
-    with pytest.raises(ValueError, match=r"model\.kind is pointnet: this takes style, residual and two_enc"):
+    with pytest.raises(
+        ValueError, match=r"model\.kind is pointnet: this takes style, residual, two_encoder and own models"
+    ):
         Inference.load(runs.clouds, device="cpu")
     with pytest.raises(ValueError, match=r"model\.kind is residual: this takes pointnet models"):
         CloudInference.load(runs.residual, device="cpu")

@@ -113,7 +113,7 @@ def test_what_cannot_be_read_is_named(runs, tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint and no snapshot"):
         load(tmp_path)
     with pytest.raises(
-        ValueError, match=r"model.kind is mlp: this takes style, residual and two_encoder models"
+        ValueError, match=r"model.kind is mlp: this takes style, residual, two_encoder and own models"
     ):
         load(runs.density)
 

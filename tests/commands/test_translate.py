@@ -210,7 +210,7 @@ def test_bad_pictures_are_named_in_one_line(runs, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1 and not out.exists()
     assert main(["translate", str(runs.density), "--out", str(out)]) == 1
-    accepted = "model.kind is mlp: this takes style, residual, two_encoder and pointnet models"
+    accepted = "model.kind is mlp: this takes style, residual, two_encoder, own and pointnet models"
     assert accepted in capsys.readouterr().err
     resized = ["--classes", str(tmp_path / "large.png"), "--resize", "--count", "1"]
     assert main(["translate", str(runs.translation), "--out", str(out), *resized]) == 0 and out.exists()

@@ -45,7 +45,7 @@ def test_every_shipped_config_is_valid(path):
         ("train.batch=[1", "train.batch=[1: not a valid value: expected ',' or ']'"),
         ("train.precision=fp16", "train.precision='fp16': input should be 'fp32', 'bf16' or 'auto'"),
         ("model.resolution=100", "model.resolution=100: input should be 8, 16, 32"),
-        ("model.kind=gan", "model.kind=gan: accepted are style, residual, mlp, pointnet, two_encoder"),
+        ("model.kind=gan", "model.kind=gan: accepted are style, residual, mlp, pointnet, two_encoder, own"),
         ("objective.kind=introvae", "objective.margin is missing"),
         ("objective.beta_rec=-1", "objective.beta_rec=-1: input should be greater than or equal to 0"),
         ("objective.beta_rec=.nan", "objective.beta_rec=nan: input should be"),

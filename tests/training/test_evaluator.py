@@ -287,7 +287,7 @@ def test_what_does_not_fit_the_model_is_named(tmp_path, pictures, monkeypatch):
         train(settings(tmp_path, pictures, model=small, evaluate={**MEASURED, "metrics": ["ssim"]},
                        data={"path": str(eight(tmp_path / "eight")), "loader": "torch"}))  # fmt: skip
     with pytest.raises(
-        ConfigError, match=r"every=9 needs .* one of style, residual, pointnet, two_encoder, got mlp"
+        ConfigError, match=r"every=9 needs .* one of style, residual, own, pointnet, two_encoder, got mlp"
     ):
         make_config({"model": {"kind": "mlp"}, "data": {"kind": "density"}, "evaluate": {"every": 9}})
 

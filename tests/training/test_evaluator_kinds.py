@@ -193,12 +193,12 @@ def launch(folder, values, ranks):
     [
         ("clouds", {"metrics": ["fid", "jsd"]}, r"metrics=fid: model\.kind=pointnet accepts jsd, mmd_"),
         ("clouds", {"data": "/nowhere"}, r"evaluate\.data=/nowhere does not exist"),
-        ("clouds", {"weights": "w"}, r"weights=w needs .* one of style, residual, two_encoder, got"),
-        ("clouds", {"features": "random"}, r"features=random needs .* one of style, residual, got"),
+        ("clouds", {"weights": "w"}, r"weights=w needs .* one of style, residual, own, two_encoder, got"),
+        ("clouds", {"features": "random"}, r"features=random needs .* one of style, residual, own, got"),
         ("translation", {"metrics": ["psnr"]}, r"metrics=psnr: model\.kind=two_encoder accepts swap_mse"),
         ("translation", {"metrics": ["lpips"], "weights": "/no"}, r"metrics=lpips: /no/.* download"),
         ("translation", {"data": "/nowhere"}, r"evaluate\.data=/nowhere does not exist"),
-        ("translation", {"features": "random"}, r"features=random needs .* one of style, residual, got"),
+        ("translation", {"features": "random"}, r"features=random needs .* one of style, residual, own, got"),
     ],
 )
 def test_what_is_missing_shows_before_there_is_a_run(tmp_path, settings, kind, changes, message):
