@@ -94,6 +94,9 @@ def _check(model: Model, shape: tuple[int, ...]) -> None:
     size = getattr(model, "latent_size", None)
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"latent_size is {size!r}, must be a positive number, set in __init__")
+    for name in ("prior_std", "further_fakes"):  # the objective has them from settings of its own models
+        if getattr(model, name) != getattr(Model, name):
+            raise ValueError(f"{name} is {getattr(model, name)}, must be {getattr(Model, name)}")
     _check_sides(model)
     if not model.uses_batch_statistics and any(isinstance(m, _BATCH_NORM) for m in model.modules()):
         raise ValueError("it has batch norm: the class needs uses_batch_statistics = True")

@@ -161,6 +161,8 @@ WORSE = {
     "def decoder_modules(self): return []": r"decoder_modules\(\) must both have parameters",
     "def decoder_modules(self): return [self]": r"both of .* has the parameter encoder\.1\.weight",
     "def encoder_modules(self): return [nn.Linear(2, 2)]": r"neither of .* the parameter encoder\.1\.weight",
+    "prior_std = 0.2": r"prior_std is 0\.2, must be 1\.0",
+    "further_fakes = ('swap',)": r"further_fakes is \('swap',\), must be \(\)",
     "latent_size = property(lambda self: 0, lambda *_: None)": r"latent_size is 0, must be a positive",
     "def __init__(self, **k): super().__init__(**k); self.encoder.append(nn.BatchNorm1d(6))": (
         r"it has batch norm: the class needs uses_batch_statistics = True"
