@@ -197,7 +197,7 @@ def test_weights_that_would_do_nothing_are_refused(overrides, message):
         (
             "pointclouds",
             ["evaluate.every=9", "evaluate.weights=a"],
-            "evaluate.weights=a needs model.kind to be one of style, residual, own, two_encoder, got pointnet",
+            "evaluate.weights=a needs model.kind to be one of style, residual, own, two_encoder, got",
         ),
         (
             "translation",
