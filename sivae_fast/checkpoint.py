@@ -94,6 +94,11 @@ def load_newest(folder: Path, planned: bool = False) -> tuple[dict[str, Tensor],
     return None
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether any was written, be it whole or damaged since."""
+    return bool(_complete(folder))
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, state) of one checkpoint. Raises CheckpointError where it is not whole."""
     try:

@@ -23,7 +23,9 @@ def make_model(config: Config) -> Model:
 
     Raises ConfigError for sizes that do not fit.
     """
-    settings = config.model.model_dump(exclude={"kind"})
+    # A class of one's own gets its settings as every file of the run has them.
+    mode = "json" if config.model.kind == "own" else "python"
+    settings = config.model.model_dump(mode=mode, exclude={"kind"})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         try:

@@ -60,7 +60,8 @@ class Trained:
         if batch_norm is not None and batch_norm not in batchnorm.MODES:
             raise ValueError(f"batch_norm is {batch_norm!r}, must be one of {', '.join(batchnorm.MODES)}")
         check_kind(config, self.kinds)
-        if batch_norm is not None and not model.uses_batch_statistics:
+        has_batch_norm = bool(batchnorm.batch_norms(model))
+        if batch_norm is not None and not has_batch_norm:
             raise ValueError(f"batch_norm is {batch_norm!r}: this model has no batch norm")
         self.model, self.config, self.images = model.eval(), config, images
         self.device = next(model.parameters()).device
@@ -68,7 +69,7 @@ class Trained:
         self.batch, self.show = batch, show
         self.data_path = data
         self.batch_norm = None
-        if model.uses_batch_statistics:
+        if has_batch_norm:
             self.batch_norm = batch_norm or self.default_batch_norm
         self._encoder_is_ready = self.batch_norm != "recalibrated"
         self._decoder_takes: bool | None = None  # what it is calibrated for: encoded latents, or the prior's
@@ -214,7 +215,7 @@ def check_kind(config: Config, kinds: tuple[str, ...]) -> None:
 def batch_norm_is_measured_anew(model: Model) -> bool:
     """Whether commands measure the batch norm of a model of `load` anew, unless told otherwise: the model
     itself has the running statistics of training, which for images can look broken."""
-    return model.uses_batch_statistics and model.config.model.kind in ("residual", "own")
+    return bool(batchnorm.batch_norms(model)) and model.config.model.kind in ("residual", "own")
 
 
 def pick_device(name: str) -> torch.device:

@@ -38,6 +38,8 @@ x_hat = model.sample(4)
 
 `model.encode(x)` gives `.mean` and `.logvar`, `model.decode(z)` and `model.reconstruct(x)` the way back.
 """
+_OWN = """Its class is not part of sivae-fast: `{source}` has to be in the folder from which it is loaded.
+"""
 _BATCH_NORM = """
 Its batch norm then has the running statistics of training, which can give worse pictures.
 `sivae_fast.Inference.load({where})` measures them anew, as for the figures.
@@ -98,6 +100,7 @@ def describe(model: Model, metrics: dict[str, list[dict]], where: str, picture: 
         "" if published else _table(("setting", "value"), _training_rows(config)),
         _metrics(metrics, model.images),
         _USE.format(where=where),
+        _OWN.format(source=config.portable().model.source) if config.model.kind == "own" else "",
         _BATCH_NORM.format(where=where) if batch_norm_is_measured_anew(model) else "",
         _LAST.format(weights=_terms(published)),
     ]
@@ -116,7 +119,7 @@ def _model_rows(model: Model) -> Iterable[tuple[str, str]]:
         return f"{sum(p.numel() for module in modules for p in module.parameters()):,}"
 
     yield "system", f"`{model.config.model.kind}`: {SYSTEMS[model.config.model.kind]}"
-    for name, value in model.config.model:
+    for name, value in model.config.portable().model:
         if name != "kind":
             yield name.replace("_", " "), str(value)
     yield "parameters", count([model])

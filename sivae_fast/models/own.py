@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from sivae_fast.contract import Model
-
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+from sivae_fast.contract import Model, Posterior
+from sivae_fast.draws import Rows, Stream
 
 
 def own_model(source: str, resolution: int, channels: int, settings: dict) -> Model:
@@ -78,9 +77,10 @@ def _parts(source: str) -> tuple[Path, str]:
 @functools.cache
 def _module(path: Path, stamp: int):
     """The module of a file as it was at that time."""
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    name = f"sivae_fast_own_{path.stem}"
+    folder = str(path.parent)
+    if sys.path[0] != folder:  # as of a program: before the folder of launch/train.py
+        sys.path.insert(0, folder)
+    name = f"sivae_fast_own_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look for the module of a class there
@@ -94,47 +94,77 @@ def _check(model: Model, shape: tuple[int, ...]) -> None:
     size = getattr(model, "latent_size", None)
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"latent_size is {size!r}, must be a positive number, set in __init__")
-    for name in ("prior_std", "further_fakes"):  # the objective has them from settings of its own models
-        if getattr(model, name) != getattr(Model, name):
-            raise ValueError(f"{name} is {getattr(model, name)}, must be {getattr(Model, name)}")
+    # The objective has the first two from settings of the package's own models.
+    fixed = {"prior_std": Model.prior_std, "further_fakes": Model.further_fakes, "resolution": shape[-1]}
+    for name, value in fixed.items():
+        if getattr(model, name, value) != value:
+            raise ValueError(f"{name} is {getattr(model, name)}, must be {value}")
     _check_sides(model)
-    if not model.uses_batch_statistics and any(isinstance(m, _BATCH_NORM) for m in model.modules()):
+    _check_state(model)
+    if not model.uses_batch_statistics and any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise ValueError("it has batch norm: the class needs uses_batch_statistics = True")
+    _check_passes(model, shape)
+
+
+def _check_passes(model: Model, shape: tuple[int, ...]) -> None:
     training = model.training
     model.eval()
-    x = torch.zeros(2, *shape, device=next(model.parameters()).device)
+    x = torch.zeros(2, *shape)
+    stream = lambda: Stream(0, Rows.all(2))
     posterior = _called("encode(x)", lambda: model.encode(x))
-    _check_result("encode(x)", posterior, "(mean, logvar)", [[2, size], [2, size]])
-    image = _called("decode(z, stream)", lambda: model.decode(posterior[0], None))
-    _check_result("decode(z, stream)", (image,), "an image each", [list(x.shape)])
+    if not isinstance(posterior, Posterior):
+        raise ValueError(
+            f"encode(x) gives {type(posterior).__name__}, must give sivae_fast.Posterior(mean, logvar)"
+        )
+    wanted = [2, model.latent_size]
+    _check_shapes("encode(x)", posterior, [wanted, wanted])
+    for name in ("decode", "generate", "decode_fake"):
+        call = lambda name=name: getattr(model, name)(posterior.mean, stream())
+        _check_shapes(f"{name}(z, stream)", (_called(f"{name}(z, stream)", call),), [list(x.shape)])
     model.train(training)
 
 
-def _check_result(what: str, result, form: str, wanted: list[list[int]]) -> None:
-    parts = result if isinstance(result, tuple) else (result,)
+def _check_shapes(what: str, parts, wanted: list[list[int]]) -> None:
     shapes = [list(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts]
     if shapes != wanted:
         given, must = (", ".join(map(str, each)) for each in (shapes, wanted))
-        raise ValueError(f"{what} gives {given} for 2 images, must give {form}: {must}")
+        raise ValueError(f"{what} gives {given} for 2 images, must give {must}")
 
 
 def _check_sides(model: Model) -> None:
-    sides = []
+    """Every parameter that is trained is of one side, and a side has no others."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    sides = {}
     for method in (model.encoder_modules, model.decoder_modules):
-        modules = _called(f"{method.__name__}()", lambda method=method: list(method()))
-        sides.append({id(p) for module in modules for p in module.parameters()})
-    encoder, decoder = sides
-    if not encoder or not decoder:
-        raise ValueError("encoder_modules() and decoder_modules() must both have parameters")
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        count = (id(parameter) in encoder) + (id(parameter) in decoder)
-        if count != 1:
-            where = "both" if count else "neither"
+        what = f"{method.__name__}()"
+        modules = _called(what, lambda method=method: list(method()))
+        sides[what] = {parameter for module in modules for parameter in module.parameters()}
+        if not sides[what]:
+            raise ValueError(f"{what} has no parameters")
+        for parameter in sides[what]:
+            if parameter not in names:
+                raise ValueError(f"{what} has parameters that are not the model's: lists need nn.ModuleList")
+            if not parameter.requires_grad:
+                raise ValueError(
+                    f"{what} has {names[parameter]}, which is frozen: give what is trained alone"
+                )
+    for parameter, name in names.items():
+        count = sum(parameter in side for side in sides.values())
+        if parameter.requires_grad and count != 1:
             raise ValueError(
-                f"{where} of encoder_modules() and decoder_modules() has the parameter {name}, one must"
+                f"{'both' if count else 'neither'} of {' and '.join(sides)} has {name}, one must"
             )
+
+
+def _check_state(model: Model) -> None:
+    """Checkpoints hold tensors by name, each of its own."""
+    found = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"its state dict has {name}, which is no tensor")
+        other = found.setdefault(value.untyped_storage().data_ptr() or name, name)
+        if other != name:
+            raise ValueError(f"{other} and {name} share their numbers, each must have its own")
 
 
 def _called(what: str, call):

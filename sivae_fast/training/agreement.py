@@ -22,7 +22,7 @@ from sivae_fast.models import own as own_model
 #: Settings that may differ between ranks: where things lie on a node, and how it reads them.
 FREE = (
     "data.path", "data.workers", "data.cache_gib", "evaluate.data", "evaluate.weights", "run.folder",
-    "train.init_from",
+    "train.init_from", "model.source",
 )  # fmt: skip
 ABSENT = "absent"
 _WORD = "sivae_fast/failed"  # where a rank that fails leaves the reason for the others
@@ -66,8 +66,9 @@ def source_files() -> dict[str, str]:
 
 def _sources(config: Config) -> dict[str, str]:
     """`source_files`, and the file of a model of one's own."""
-    own = {config.model.source: own_model.digest(config.model.source)} if config.model.kind == "own" else {}
-    return source_files() | own
+    if config.model.kind != "own":
+        return source_files()
+    return source_files() | {"of model.source": own_model.digest(config.model.source)}
 
 
 def run_facts(config: Config, data) -> dict[str, str]:

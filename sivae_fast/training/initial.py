@@ -7,7 +7,7 @@ import logging
 import torch.distributed as dist
 from torch import Tensor
 
-from sivae_fast.checkpoint import CheckpointError, load, load_weights
+from sivae_fast.checkpoint import CheckpointError, has_checkpoints, load, load_weights
 from sivae_fast.config import Config, ConfigError
 from sivae_fast.contract import Model
 from sivae_fast.growth import Schedule
@@ -19,7 +19,7 @@ from sivae_fast.training.agreement import of_first_rank, on_all_ranks
 logger = logging.getLogger("sivae_fast")
 
 #: Settings of a model that its weights do not depend on.
-_FREE = {"kind", "style_mixing", "lagged_decoder", "lag_epochs", "augment", "swapped_fakes"}
+_FREE = {"kind", "source", "style_mixing", "lagged_decoder", "lag_epochs", "augment", "swapped_fakes"}
 
 
 def begin(trainer) -> None:
@@ -60,10 +60,13 @@ def take_over(model: Model, config: Config, schedule: Schedule) -> int:
     except (ValueError, OSError, ImportError) as error:
         why = str(error).removeprefix(f"{config.train.init_from} ")
         raise ConfigError(f"{source}: {why}") from error
+    difference = _difference(other.config, config)
     try:
         load_weights(model, _fitted(model, other), source)
     except CheckpointError as error:
-        raise ConfigError(f"{source}: {_difference(other.config, config) or error}") from error
+        raise ConfigError(f"{source}: {difference}" if difference else str(error)) from error
+    if difference:
+        logger.warning("%s: %s, which its weights fit all the same", source, difference)
     ranges = [getattr(each.data, "value_range", None) for each in (other.config, config)]
     if None not in ranges and ranges[0] != ranges[1]:
         logger.warning("%s was trained with data.value_range=%s, here it is %s", source, *ranges)
@@ -104,15 +107,17 @@ def _difference(theirs: Config, ours: Config) -> str:
     added = levels(ours) - levels(theirs)
     if added > 0:  # widths halve from level to level
         wanted["resolution"] = found["resolution"]
-        wanted["start_channels"] //= 2**added
+        wanted["start_channels"] = f"{wanted['start_channels'] / 2**added:g}"
     pairs = ((name, value, found[name]) for name, value in wanted.items())
-    return ", ".join(f"it asks for model.{name}={a}, here it is {b}" for name, a, b in pairs if a != b)
+    return ", ".join(
+        f"it asks for model.{name}={a}, here it is {b}" for name, a, b in pairs if str(a) != str(b)
+    )
 
 
 def resumes(config: Config, identity: str) -> bool:
     """Whether a start goes on with a run that has a checkpoint."""
     folder = Run.to_resume(config.run.folder, config.run.name, identity, config.run.new)
-    return folder is not None and any((folder / "checkpoints").glob("*.json"))
+    return folder is not None and has_checkpoints(folder / "checkpoints")
 
 
 def share_first_weights(trainer) -> None:

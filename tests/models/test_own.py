@@ -101,7 +101,7 @@ def test_the_file_belongs_to_what_ranks_and_checkpoints_compare(here):
     changed = f"{MODEL}\n# another version\n"
     (here / "mine.py").write_text(changed)
     after = program_facts(config(), "torch", 0)
-    assert [key for key in facts if facts[key] != after[key]] == ["source file mine.py:Mine"]
+    assert [key for key in facts if facts[key] != after[key]] == ["source file of model.source"]
     data = type("Data", (), {"__len__": lambda self: 3, "checksum": lambda self: "abc"})()
     first = run_facts(config(), data)
     (here / "mine.py").write_text(MODEL)
@@ -151,21 +151,31 @@ def test_arguments_that_the_class_does_not_take_are_refused(here):
 
 #: What a subclass changes, and what is said of it.
 WORSE = {
-    "def encode(self, x): return self.encoder(x)": r"gives \[2, 6\] for 2 .*: \[2, 3\], \[2, 3\]$",
     "def encode(self, x): return Posterior(*self.encoder(x).split((2, 4), 1))": r"\[2, 2\], \[2, 4\] for",
-    "def encode(self, x): return 5": r"encode\(x\) gives int for 2 images, must give \(mean, logvar\)",
+    "def encode(self, x): return 5": r"gives int, must give sivae_fast\.Posterior\(mean, logvar\)",
+    "def encode(self, x): return self.encoder(x).chunk(2, 1)": r"gives tuple, must give sivae_fast",
     "def encode(self, x): raise KeyError('a')": r"encode\(x\) fails \(KeyError: 'a'\)",
     "def decode(self, z): return self.decoder(z)": r"decode\(z, stream\) fails \(TypeError: .*positional",
-    "def decode(self, z, stream=None): return self.decoder(z)[:, :2]": r"an image each: \[2, 3, 16, 16\]",
+    "def decode(self, z, stream=None): return self.decoder(z)[:, :2]": r"must give \[2, 3, 16, 16\]",
+    "def generate(self, z): return self.decoder(z)": r"generate\(z, stream\) fails \(TypeError: .*positional",
     "decoder_modules = Model.decoder_modules": r"the class needs decoder_modules\(\)",
-    "def decoder_modules(self): return []": r"decoder_modules\(\) must both have parameters",
-    "def decoder_modules(self): return [self]": r"both of .* has the parameter encoder\.1\.weight",
-    "def encoder_modules(self): return [nn.Linear(2, 2)]": r"neither of .* the parameter encoder\.1\.weight",
+    "def decoder_modules(self): return []": r"decoder_modules\(\) has no parameters",
+    "def decoder_modules(self): return [self]": r"both of .* has encoder\.1\.weight, one must",
+    "def encoder_modules(self): return [nn.Linear(2, 2)]": r"that are not the model's: .*ModuleList",
+    "def encoder_modules(self): return [self.encoder[1].requires_grad_(False)]": r"which is frozen",
+    "latent_size = property(lambda self: 0, lambda *_: None)": r"latent_size is 0, must be a positive",
     "prior_std = 0.2": r"prior_std is 0\.2, must be 1\.0",
     "further_fakes = ('swap',)": r"further_fakes is \('swap',\), must be \(\)",
-    "latent_size = property(lambda self: 0, lambda *_: None)": r"latent_size is 0, must be a positive",
+    "resolution = (16, 16)": r"resolution is \(16, 16\), must be 16",
     "def __init__(self, **k): super().__init__(**k); self.encoder.append(nn.BatchNorm1d(6))": (
         r"it has batch norm: the class needs uses_batch_statistics = True"
+    ),
+    "def __init__(self, **k): super().__init__(**k); self.more = nn.Linear(2, 2)": r"neither .* more\.weight",
+    "def __init__(self, **k): super().__init__(**k); self.again = self.decoder[0]": (
+        r"decoder\.0\.weight and again\.weight share their numbers"
+    ),
+    "def get_extra_state(self): return {}\n    def set_extra_state(self, state): pass": (
+        r"its state dict has _extra_state, which is no tensor"
     ),
 }
 
@@ -194,3 +204,57 @@ def test_it_grows_not_and_needs_images(here):
         config(growth={"images_per_level": 8})
     with pytest.raises(ConfigError, match=r"data\.kind=density does not fit model\.kind=own"):
         config(data={"kind": "density"})
+
+
+def test_settings_are_those_of_the_files(here):
+    """Keys of mappings are texts and lists are lists, whether the model is made for training or loaded."""
+    (here / "mine.py").write_text(
+        MODEL
+        + """
+class Chosen(Mine):
+    def __init__(self, sizes, **more):
+        super().__init__(latent_size=sizes["16"][0] + len(sizes["16"] + [1]), **more)
+"""
+    )
+    folder = train(
+        config("mine.py:Chosen", model={"settings": {"sizes": {16: [2, 3]}}}, train={"images": 16})
+    )
+    assert load(folder).latent_size == 5
+
+
+def test_a_dry_run_takes_models_that_ask_for_numbers(here):
+    body = "super().__init__(**k); self.rates = [x.item() for x in torch.linspace(0, 1, 3)]"
+    (here / "mine.py").write_text(
+        f"{MODEL}\nimport torch\nclass Rates(Mine):\n    def __init__(self, **k): {body}\n"
+    )
+    check_start(config("mine.py:Rates"))
+
+
+def test_files_of_the_same_name_are_two(here):
+    (here / "b").mkdir()
+    (here / "b" / "mine.py").write_text(MODEL.replace("latent_size=3", "latent_size=7"))
+    assert [make_model(config(f"{folder}mine.py:Mine")).latent_size for folder in ("", "b/", "")] == [3, 7, 3]
+
+
+def test_draws_come_from_the_stream(here):
+    (here / "mine.py").write_text(
+        MODEL
+        + """
+class Noisy(Mine):
+    def decode(self, z, stream=None):
+        x = self.decoder(z)
+        return x + 0.1 * stream.normal(*x.shape)
+"""
+    )
+    model = make_model(config("mine.py:Noisy"))
+    assert torch.equal(model.sample(2, seed=3), model.sample(2, seed=3))
+    train(config("mine.py:Noisy", train={"images": 48}))
+
+
+def test_rows_may_influence_each_other_without_batch_norm(here):
+    (here / "mine.py").write_text(f"{MODEL}\nclass Rows(Mine):\n    uses_batch_statistics = True\n")
+    folder = train(config("mine.py:Rows", train={"images": 16}))
+    assert cli.main(["reconstruct", str(folder), "--out", "r.png", "--count", "4"]) == 0
+    assert cli.main(["card", str(folder), "--out", "card.md"]) == 0
+    card = (here / "card.md").read_text()
+    assert "batch norm" not in card and "`mine.py:Rows` has to be in the folder" in card

@@ -123,7 +123,9 @@ def test_a_run_that_never_reached_a_checkpoint_begins_again(run):
     first = run(64, "first")
     whole = run(32, "whole", first)
     parts = run(32, "parts", first)
-    shutil.rmtree(parts / "checkpoints")
+    for path in (parts / "checkpoints").iterdir():
+        path.unlink()
+    (parts / "checkpoints" / "notes.json").write_text("{}")
     assert run(32, "parts", first) == parts
     one, two = (load_newest(folder / "checkpoints")[0] for folder in (whole, parts))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -166,6 +168,23 @@ def test_a_model_of_another_architecture_is_refused_by_its_settings(tmp_path):
         taken(path, style(8))
     with pytest.raises(ConfigError, match=r": it asks for model\.start_channels=2, here it is 4$"):
         taken(path, style(32, start_channels=4))
+
+
+def test_settings_that_weights_do_not_show_are_said(tmp_path, caplog):
+    path, model = tmp_path / "a.safetensors", {"kind": "pointnet", "points": 16, "latent_size": 2}
+    clouds = {"data": {"kind": "pointclouds", "points": 16}, "objective": {"reconstruction": "chamfer"}}
+    snapshot(path, model, **clouds)
+    taken(path, model, **clouds)
+    assert "asks for" not in caplog.text
+    taken(path, {**model, "prior_std": 1.0}, **clouds)
+    assert "it asks for model.prior_std=0.2, here it is 1.0, which its weights fit" in caplog.text
+
+
+def test_widths_that_do_not_halve_are_said(tmp_path):
+    path = tmp_path / "a.safetensors"
+    snapshot(path, style(16, start_channels=3))
+    with pytest.raises(ConfigError, match=r": it asks for model\.start_channels=1\.5, here it is 1$"):
+        taken(path, style(32, start_channels=1))
 
 
 def test_settings_without_weights_may_differ(tmp_path):
