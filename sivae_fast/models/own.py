@@ -112,6 +112,8 @@ def _check_passes(model: Model, shape: tuple[int, ...]) -> None:
     x = torch.zeros(2, *shape)
     stream = lambda: Stream(0, Rows.all(2))
     posterior = _called("encode(x)", lambda: model.encode(x))
+    if model.random_encoder:  # as training calls it
+        _called("encode(x, stream)", lambda: model.encode(x, stream()))
     if not isinstance(posterior, Posterior):
         raise ValueError(
             f"encode(x) gives {type(posterior).__name__}, must give sivae_fast.Posterior(mean, logvar)"

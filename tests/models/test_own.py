@@ -164,6 +164,7 @@ WORSE = {
     "def encoder_modules(self): return [nn.Linear(2, 2)]": r"that are not the model's: .*ModuleList",
     "def encoder_modules(self): return [self.encoder[1].requires_grad_(False)]": r"which is frozen",
     "latent_size = property(lambda self: 0, lambda *_: None)": r"latent_size is 0, must be a positive",
+    "random_encoder = True": r"encode\(x, stream\) fails \(TypeError: .*positional",
     "prior_std = 0.2": r"prior_std is 0\.2, must be 1\.0",
     "further_fakes = ('swap',)": r"further_fakes is \('swap',\), must be \(\)",
     "resolution = (16, 16)": r"resolution is \(16, 16\), must be 16",
