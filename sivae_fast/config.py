@@ -217,6 +217,9 @@ class OptimConfig(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Positive = 1e-8
     published_eps: bool = Field(False, description="eps is added to the uncorrected root")
+    clear_after_warmup: bool = Field(
+        True, description="forget moments where the warm-up ends, see docs/training.md; false: as published"
+    )
     drops: tuple[PositiveInt, ...] = Field((), description="images at which the rate is multiplied")
     drop_factor: Positive = 0.1
 
@@ -338,8 +341,11 @@ class Config(Section):
             kept.pop(free)
         for name in ("images", "micro_batch", "recompute", "compile", "graphs"):
             kept["train"].pop(name)
-        if kept["train"]["init_from"] is None:  # a key that came later: runs from before are found, too
+        # Keys that came later: runs from before are found, too, where they were trained the same.
+        if kept["train"]["init_from"] is None:
             kept["train"].pop("init_from")
+        if not (kept["optim"]["clear_after_warmup"] and kept["train"]["warmup_images"]):
+            kept["optim"].pop("clear_after_warmup")
         for name in ("loader", "workers", "cache_gib"):
             kept["data"].pop(name, None)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

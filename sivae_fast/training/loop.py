@@ -84,6 +84,7 @@ class Trainer(Iteration):
         self.graphs = Graphs(config.train.seed, device) if config.train.graphs else None
         self.guard = Guard(config)
         self.lod, self.stage = schedule.lod(self.images), schedule.at(self.images)
+        self.as_vae = self.warming_up
         self._blend = torch.ones((), device=device)
         self.step_seconds = self.data_seconds = 0.0
         self.recorder = Recorder(self)
@@ -171,12 +172,15 @@ class Trainer(Iteration):
             self.graphs.forget()
 
     def _enter(self, stage: Stage) -> None:
-        """Level, rates and weights of this moment; optimizer state does not survive a level switch."""
-        if stage.lod != self.lod:
+        """Level, rates and weights of this moment; optimizer state does not survive a level switch, nor the
+        end of the warm-up where `optim.clear_after_warmup` is on."""
+        grown, warmed_up = stage.lod != self.lod, self.as_vae and not self.warming_up
+        self.lod, self.as_vae = stage.lod, self.warming_up
+        if grown or (warmed_up and self.config.optim.clear_after_warmup):
             for engine in self.engines.values():
                 engine.clear_state()
             self.forget_graphs()
-            self.lod = stage.lod
+        if grown:
             if self.config.train.compile:
                 forget_compiled()
             self.guard.new_level()

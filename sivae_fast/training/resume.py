@@ -38,6 +38,7 @@ def state_of(trainer, planned: bool) -> tuple[dict[str, Tensor], dict]:
     state = {
         "config": trainer.config.portable().to_dict(),
         "lod": trainer.lod,
+        "as_vae": trainer.as_vae,
         "steps": steps,
         "tick": trainer.meter.totals(),
         "tick_of_ranks": trainer.meter.of_ranks(),
@@ -73,6 +74,8 @@ def restore(trainer, planned: bool = False) -> bool:
     if trainer.average:
         trainer.average.load(part(tensors, "average"))
     trainer.images, trainer.lod = state["images"], state["lod"]
+    # Not in checkpoints of earlier versions and of `convert`: nothing is cleared there.
+    trainer.as_vae = state.get("as_vae", trainer.warming_up)
     trainer.stage = trainer.schedule.at(trainer.images)
     trainer.meter.restore(_own_tick(state, trainer.rank, trainer.world))
     trainer.recorder.marks = state["marks"]

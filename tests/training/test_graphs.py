@@ -139,13 +139,22 @@ def replays(trainer: Trainer) -> list[int]:
 @pytest.mark.parametrize("system", ["mlp", "residual", "bootstrap", "two_encoder", "pointclouds"])
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 4}, {"schedule": "published"}], ids=str)
 def test_replays_are_eager_iterations(system, options, emulated, make):
-    """First the VAE, then both phases; over drops of the rate, a new beta_neg and epochs of 40 images."""
+    """First the VAE, whose moments and graph end with it, then both phases; over drops of the rate, a new
+    beta_neg and epochs of 40 images."""
     eager, captured = make(system, graphs=False, **options), make(system, **options)
     for trainer in (eager, captured):
         advance(trainer, 12)
         changed = {"learning_rate": 1e-3, "beta_neg": 32.0, "drops": (120,)}
         trainer.schedule = Schedule(batch=8, micro_batch=options.get("micro_batch"), **changed)
         advance(trainer, 8)
+    assert_same(eager, captured)
+    assert replays(captured) == [13]
+
+
+def test_moments_and_graph_of_the_warmup_are_kept_where_asked(emulated, make, monkeypatch):
+    optim = {"drops": (120,), "clear_after_warmup": False}
+    monkeypatch.setitem(SYSTEMS, "mlp", {**SYSTEMS["mlp"], "optim": optim})
+    eager, captured = (advance(make("mlp", graphs=graphs), 20) for graphs in (False, True))
     assert_same(eager, captured)
     assert replays(captured) == [3, 13]
 
