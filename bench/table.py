@@ -160,6 +160,29 @@ def _chamfer(found: dict) -> str:
     )
 
 
+def _other_images(found: dict) -> str:
+    """Of the four other sets, the one that each model tells apart worst."""
+    worst = {
+        model: min(scores["log_likelihood"][0] for scores in sets.values())
+        for model, sets in found["summary"].items()
+    }
+    seconds = {model: sum(run["training_seconds"] for run in runs) for model, runs in found["runs"].items()}
+    return (
+        f"area under the ROC curve of log p(x), of four sets the hardest: **{worst['soft_introvae']:.3f}**, "
+        f"a VAE of as many images {worst['vae']:.3f} ({seconds['soft_introvae'] / seconds['vae']:.1f} times the "
+        f"VAE's training time; digits of 8x8 pixels, {found['norm']} norm, means of {found['seeds']} seeds)"
+    )
+
+
+def _clouds(found: dict) -> str:
+    curve = {point["images"]: point["jsd"] for point in found["curve"]}
+    minutes = found["processor_seconds"] / 60
+    return (
+        f"test JSD **{found['curve'][-1]['jsd']:.3f}** after {max(curve):,} made clouds of 256 points, "
+        f"{curve[found['train']['warmup_images']]:.3f} where the game begins ({minutes:.0f} min of one CPU core)"
+    )
+
+
 ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("style iteration at 64x64, CPU", "step-cpu.json", _step),
     ("style iteration at 256x256, GPU", "step-cuda.json", _step),
@@ -172,6 +195,8 @@ ROWS: list[tuple[str, str, Callable[[dict], str]]] = [
     ("encoder phase of the loss, both passes, GPU", "losses-cuda.json", _losses),
     ("density iteration, batch 512", "density_speed.json", _density),
     ("KL between density and samples", "densities.json", _samples),
+    ("telling other images from one's own", "ood.json", _other_images),
+    ("samples of point clouds", "pointclouds.json", _clouds),
     ("Chamfer distance, CPU", "chamfer-cpu.json", _chamfer),
     ("Chamfer distance, GPU", "chamfer-cuda.json", _chamfer),
 ]
