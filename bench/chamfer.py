@@ -3,8 +3,9 @@
     python bench/chamfer.py [--device cuda] [--batch 8] [--points 512 1024 2048]
 
 A version is measured when its errors and gradients agree with float64 brute force in this run. Time is that
-of one call, on the CPU the best in processor time; memory is what forward and backward add at their peak.
-Writes chamfer-<device>.json; pytorch3d has no rows where it is not installed.
+of one call, on the CPU the best in processor time, on a GPU as issued from Python and, in `gpu`, in a CUDA
+graph; memory is what forward and backward add at their peak. Writes chamfer-<device>.json; pytorch3d has no
+rows where it is not installed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import machine, memory, reason, save, wall
+from measure import Captured, machine, memory, reason, rounds, save, wall
 from torch import Tensor
 
 from sivae_fast.kernels.chamfer import chamfer
@@ -93,12 +94,14 @@ def measured(version, batch: int, points: int, device: str, seconds: float) -> d
     still = y.detach()
     # Memory first: the timing loop leaves freed blocks behind.
     added = added_mib(version, x, y, device)
-    return {
-        "points": points,
-        "forward_ms": 1e3 * wall([partial(version, x, still)], device, seconds),
-        "forward_backward_ms": 1e3 * wall([partial(step, version, x, y)], device, seconds),
-        "added_mib": added,
-    }
+    calls = {"forward": partial(version, x, still), "forward_backward": partial(step, version, x, y)}
+    found = {"points": points, "added_mib": added}
+    for name, call in calls.items():
+        found[f"{name}_ms"] = 1e3 * wall([call], device, seconds)
+        if device == "cuda":
+            graph = Captured(lambda call=call: [call])
+            found |= rounds({name: graph.seconds}, 5)[name].row(f"{name}_gpu_ms")
+    return found
 
 
 def rows_of(name: str, version, options: argparse.Namespace) -> Iterator[dict]:

@@ -65,6 +65,22 @@ def per_channel(channels: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(1, channels, 1, 1))
 
 
+class MeanOfShifts(torch.autograd.Function):
+    """Mean of the four one-pixel shifts of `weight` [.., .., 3, 3]: [.., .., 4, 4].
+
+    The gradient is the mean over the four places that a pixel went to. PyTorch's own is wrong on CUDA up to
+    2.13 for channels-last weights: shifted by the padding (pytorch/pytorch#188344).
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        return F.avg_pool2d(weight, 2, 1, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return F.avg_pool2d(gradient, 2, 1)
+
+
 def halve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """3x3 convolution, then 2x2 mean, as one 4x4 convolution of stride 2.
 
@@ -72,7 +88,7 @@ def halve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     shifts of `weight` [out, in, 3, 3].
     """
     bias = None if bias is None else bias.flatten()
-    return F.conv2d(x, F.avg_pool2d(weight, 2, 1, 1), bias, stride=2, padding=1)
+    return F.conv2d(x, MeanOfShifts.apply(weight), bias, stride=2, padding=1)
 
 
 def double(x: Tensor, weight: Tensor) -> Tensor:
@@ -82,7 +98,7 @@ def double(x: Tensor, weight: Tensor) -> Tensor:
     their mean: the blur that follows has a gain of 4. `weight` [in, out, 3, 3] is that of the transposed
     convolution: both spatial axes flipped.
     """
-    return F.conv_transpose2d(x, F.avg_pool2d(weight, 2, 1, 1), stride=2, padding=1)
+    return F.conv_transpose2d(x, MeanOfShifts.apply(weight), stride=2, padding=1)
 
 
 class Blur(nn.Module):

@@ -236,13 +236,22 @@ class MapChain:
         wanted = [t for name, t in given.items() if name != "noise"]
         return [*outputs, *torch.autograd.grad(outputs, wanted, [b.double() for b in self.by])]
 
+    def undecided(self):
+        """Where the leaky ReLU's argument is so near zero that float32 may have its other sign."""
+        x, bias, noise, weight = (self.given[name].double() for name in ("x", "bias", "noise", "weight"))
+        return (x + bias[:, None, None] + weight[:, None, None] * noise).abs() < 1e-5
+
 
 @pytest.mark.parametrize(("channels", "side"), [(64, 256), (128, 128), (512, 32), (512, 4)])
 def test_map_chains(channels, side):
     chain = MapChain(channels, side)
     first, second = chain.run(), chain.run()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    undecided = chain.undecided()
+    assert undecided.sum() < 1e-4 * undecided.numel()
     for got, want in zip(first, chain.exact(), strict=True):
+        if got.shape == undecided.shape:
+            got, want = (t.detach().masked_fill(undecided, 0) for t in (got, want))
         close(got, want.detach().cpu(), 2 * ROUNDING[got.dtype])
 
 

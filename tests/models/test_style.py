@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.plain_style import PlainStyle, kernel4
 from sivae_fast.draws import Draws, Joined, Rows, Stream
 from sivae_fast.models.style import StyleModel
-from sivae_fast.models.style_layers import double, halve
+from sivae_fast.models.style_layers import MeanOfShifts, double, halve
 from sivae_fast.models.style_names import from_published, to_published
 
 
@@ -456,3 +456,14 @@ def test_wrong_inputs_are_named():
         model.encode(torch.zeros(2, 3, 64, 64))
     with pytest.raises(ValueError, match="noise is 'off'"):
         model.decode(torch.zeros(2, 16).double(), noise="off")
+
+
+def test_the_mean_of_shifts_has_the_gradient_of_pooling():
+    """In channels-last, too, where PyTorch's own is wrong on CUDA (tests/kernels holds the model on one)."""
+    weight = sequence(1, 5, 3, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    upstream = sequence(2, 5, 3, 4, 4)
+    (found,) = torch.autograd.grad(MeanOfShifts.apply(weight), weight, upstream)
+    (expected,) = torch.autograd.grad(F.avg_pool2d(weight, 2, 1, 1), weight, upstream)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    assert torch.autograd.gradcheck(MeanOfShifts.apply, (weight,))
+    assert torch.autograd.gradgradcheck(MeanOfShifts.apply, (weight,))
