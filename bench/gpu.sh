@@ -5,8 +5,9 @@
 #     bench/gpu.sh RESULTS step small     some of: tests stress losses chains step small profile memory chamfer sanitize
 #
 # RESOLUTION (256) is that of step, profile and memory, BATCHES ("8 16 32 64") are those of step, SIVAE_STRESS (20000)
-# is the number of launches of each stress test. Where the copy that runs is no git repository, SIVAE_COMMIT tells
-# the results their commit. sanitize runs kernels under compute-sanitizer where that is installed.
+# is the number of launches of each stress test. SIVAE_COMMIT tells the results their commit where the copy that
+# runs is no git repository or stands at another one. sanitize runs kernels under compute-sanitizer where that is
+# installed.
 #
 # All of it takes about an hour, step most of that. Where the machine is lent for less: PART_SECONDS ends a part that
 # takes longer, LOSSES ("--batches 16 64 --sizes image256 image32") and CHAINS ("--only encoder blur --sides 256 64")

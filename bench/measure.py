@@ -26,17 +26,19 @@ WRITTEN = ("bench/results", "docs", "README.md")
 
 
 def commit() -> str:
-    """What git says of this repository; where there is none, what the variable SIVAE_COMMIT says.
+    """What the variable SIVAE_COMMIT says, for a copy without its repository; else what git says.
 
     "-dirty" follows where files differ from the commit, but for `WRITTEN`.
     """
+    if known := os.environ.get("SIVAE_COMMIT"):
+        return known
     try:
         found = _git("describe", "--always").stdout.strip()
         changed = _git("diff", "--quiet", "HEAD", "--", ":/", *(f":(top,exclude){name}" for name in WRITTEN))
     except OSError:  # no git
         found = ""
     if not found:
-        return os.environ.get("SIVAE_COMMIT", "unknown")
+        return "unknown"
     return f"{found}-dirty" if changed.returncode else found
 
 

@@ -72,8 +72,9 @@ class Ours:
         self.encoder, self.decoder = (
             make_engine(model, side, optimizer, kind="torch") for side in ("encoder", "decoder")
         )
-        for engine in (self.encoder, self.decoder):
-            set_learning_rate(engine.optimizer, learning_rate)
+        self.optimizers = [engine.optimizer for engine in (self.encoder, self.decoder)]
+        for made in self.optimizers:
+            set_learning_rate(made, learning_rate)
         self.average = Average(model, 10_000)
         self.graphs = Graphs(0, next(model.parameters()).device) if graphs else None
         if compile:
@@ -339,13 +340,14 @@ def differences(device: torch.device) -> tuple[dict[str, float], dict[str, str]]
 
 def gradients(iteration: PlainTrainer | Ours, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the optimizers see in one iteration, by parameter name."""
-    found = {}
+    names, found = {p: name for name, p in iteration.model.named_parameters()}, {}
 
-    def keep(parameter, name):
-        found[name] = parameter.grad.clone()
+    def keep(optimizer, *_):
+        for group in optimizer.param_groups:
+            found.update({names[p]: p.grad.clone() for p in group["params"] if p.grad is not None})
 
-    for name, parameter in iteration.model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(functools.partial(keep, name=name))
+    for optimizer in iteration.optimizers:
+        optimizer.register_step_pre_hook(keep)
     iteration(x, Draws(0, 0, Rows.all(len(x)), x.device))
     return found
 

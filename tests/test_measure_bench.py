@@ -24,11 +24,14 @@ def measure(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_commit_is_that_of_the_repository_or_of_the_environment(measure, monkeypatch):
+def test_commit_is_that_of_the_environment_or_of_the_repository(measure, monkeypatch):
+    """A copy may bring a repository that stands at another commit."""
     monkeypatch.setenv("SIVAE_COMMIT", "from outside")
+    assert measure.commit() == "from outside"
+    monkeypatch.delenv("SIVAE_COMMIT")
     assert measure.commit() not in ("from outside", "unknown", "")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))  # no repository
-    assert measure.commit() == "from outside"
+    assert measure.commit() == "unknown"
 
 
 def test_results_do_not_make_other_code_of_a_commit(measure, monkeypatch, tmp_path):

@@ -210,19 +210,21 @@ def test_on_a_device_that_is_not_the_current_one():
 
 
 class MapChain:
-    """The style model's pointwise chain in bf16 at one of its sizes."""
+    """The style model's pointwise chain in bf16 at one of its sizes.
+
+    No argument of the leaky ReLU is so near zero that it could round to the other sign: one of them among 17
+    million puts a gradient off by more than rounding does.
+    """
 
     def __init__(self, channels=64, side=256, batch=4):
         torch.manual_seed(0)
         new = lambda *size: torch.randn(size, device="cuda")
         x = new(batch, channels, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
-        self.given = {
-            "x": x,
-            "bias": new(channels),
-            "noise": new(batch, 1, side, side),
-            "weight": new(channels),
-            "style": new(batch, 2 * channels),
-        }
+        bias, weight, noise = new(channels), new(channels), new(batch, 1, side, side)
+        argument = x.double() + bias[:, None, None] + weight[:, None, None].double() * noise
+        x = torch.where(argument.abs() < 1e-5, x + 1, x)
+        style = new(batch, 2 * channels)
+        self.given = {"x": x, "bias": bias, "noise": noise, "weight": weight, "style": style}
         self.wanted = [t.requires_grad_() for name, t in self.given.items() if name != "noise"]
         self.by = [torch.randn_like(x), new(batch, channels), new(batch, channels)]
 
@@ -236,22 +238,13 @@ class MapChain:
         wanted = [t for name, t in given.items() if name != "noise"]
         return [*outputs, *torch.autograd.grad(outputs, wanted, [b.double() for b in self.by])]
 
-    def undecided(self):
-        """Where the leaky ReLU's argument is so near zero that float32 may have its other sign."""
-        x, bias, noise, weight = (self.given[name].double() for name in ("x", "bias", "noise", "weight"))
-        return (x + bias[:, None, None] + weight[:, None, None] * noise).abs() < 1e-5
-
 
 @pytest.mark.parametrize(("channels", "side"), [(64, 256), (128, 128), (512, 32), (512, 4)])
 def test_map_chains(channels, side):
     chain = MapChain(channels, side)
     first, second = chain.run(), chain.run()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    undecided = chain.undecided()
-    assert undecided.sum() < 1e-4 * undecided.numel()
     for got, want in zip(first, chain.exact(), strict=True):
-        if got.shape == undecided.shape:
-            got, want = (t.detach().masked_fill(undecided, 0) for t in (got, want))
         close(got, want.detach().cpu(), 2 * ROUNDING[got.dtype])
 
 
