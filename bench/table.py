@@ -22,10 +22,12 @@ START, END = "<!-- table: python bench/table.py -->\n", "<!-- end of table -->"
 
 
 def _step(found: dict) -> str:
-    """The fastest minimal provider of each precision beside the others of the same precision."""
+    """The fastest minimal provider of each precision beside others of it; that in bf16 beside plain, too."""
     best, lines = {name: row["seconds_an_image"] for name, row in found["best"].items()}, []
     for half in (False, True):
         same = {name: seconds for name, seconds in best.items() if ("bf16" in name) == half}
+        if half and "plain" in best and same:
+            same["plain in float32"] = best["plain"]
         ours = min((name for name in same if name.startswith("minimal")), key=same.get, default=None)
         if ours is None:
             continue
@@ -33,14 +35,16 @@ def _step(found: dict) -> str:
             f"**{same[ours] / same[name]:.2f}** of the time of {said}"
             for name, said in (
                 ("plain", "the plain published trainer"),
+                ("plain in float32", "the plain published trainer in float32"),
                 ("plain, TF32", "the same with TF32"),
                 ("plain, compiled, bf16", "the plain published trainer, compiled, in bf16"),
                 ("published schedule", "all its passes in this project"),
             )
             if name in same
         ]
-        name = "" if ours == "minimal" else f"{ours}: "
-        lines.append(f"{name}{', '.join(others)} ({1e3 * same[ours]:.0f} ms an image, {found['device']})")
+        name, seconds = "" if ours == "minimal" else f"{ours}: ", same[ours]
+        speed = f"{1e3 * seconds:.0f} ms an image" if seconds >= 0.5 else f"{1 / seconds:.0f} images a second"
+        lines.append(f"{name}{', '.join(others)} ({speed}, {found['device']})")
     return "; ".join(lines)
 
 
@@ -61,17 +65,19 @@ def _small(found: dict) -> str:
 
 
 def _memory(found: dict) -> str:
-    """From the smallest to the largest batch at which none of the three ran out of memory."""
+    """From the smallest to the largest batch at which none of those that ran was out of memory."""
     mib = {(row["provider"], row["batch"]): row["mib"] for row in found["rows"] if "mib" in row}
-    compared = ("plain", "minimal", "minimal, recomputing")
+    ran = {name for name, _ in mib}
+    compared = [name for name in ("plain", "minimal", "minimal, recomputing") if name in ran]
     batches = sorted({b for _, b in mib if all((name, b) in mib for name in compared)})
     batches = list(dict.fromkeys([batches[0], batches[-1]]))
     plain = [mib["plain", batch] for batch in batches]
     to = lambda values, digits: " to ".join(f"{value:.{digits}f}" for value in values)
     ratio = lambda name: to((mib[name, b] / value for b, value in zip(batches, plain, strict=True)), 2)
+    recomputing = "minimal, recomputing"
+    less = f", **{ratio(recomputing)}** with `train.recompute`" if recomputing in compared else ""
     return (
-        f"**{ratio('minimal')}** of the plain published trainer's, "
-        f"**{ratio('minimal, recomputing')}** with `train.recompute` "
+        f"**{ratio('minimal')}** of the plain published trainer's{less} "
         f"(at batch {to(batches, 0)}, where plain takes {to(plain, 0)} MiB, {found['device']})"
     )
 

@@ -28,9 +28,9 @@ def test_a_step_is_compared_within_its_precision(table):
     best = {name: {"seconds_an_image": value} for name, value in seconds.items()}
     assert table._step({"best": best, "device": "GPU"}) == (
         "minimal, graphs: **0.40** of the time of the plain published trainer, "
-        "**0.50** of the time of the same with TF32 (400 ms an image, GPU); "
-        "minimal, bf16, graphs: **0.33** of the time of the plain published trainer, compiled, in bf16 "
-        "(100 ms an image, GPU)"
+        "**0.50** of the time of the same with TF32 (2 images a second, GPU); "
+        "minimal, bf16, graphs: **0.10** of the time of the plain published trainer in float32, "
+        "**0.33** of the time of the plain published trainer, compiled, in bf16 (10 images a second, GPU)"
     )
 
 
@@ -55,6 +55,8 @@ def test_memory_is_compared_where_nothing_ran_out(table):
     ]
     rows[1] = {"provider": "plain", "batch": 8, "refused": "torch.OutOfMemoryError: 80 GiB"}
     assert "(at batch 4, where plain takes 100 MiB, GPU)" in table._memory({"rows": rows, "device": "GPU"})
+    said = table._memory({"rows": rows[:4], "device": "GPU"})  # a machine was taken away before the last ran
+    assert said == "**1.00** of the plain published trainer's (at batch 4, where plain takes 100 MiB, GPU)"
 
 
 def test_losses_are_compared_with_what_could_run(table):
