@@ -1,16 +1,18 @@
-"""Image translation on the made pictures: a plain VAE and Soft-IntroVAE, same networks, same processor time.
+"""Image translation on the made pictures: Soft-IntroVAE, a VAE of as many images and one of as much time.
 
-    python bench/translation.py [--only soft_introvae] [--lpips FOLDER]
+    python bench/translation.py [--only vae soft_introvae] [--seeds 0] [--lpips FOLDER]
 
-Trains both on one thread from launch/configs/translation_small.yaml, then swaps codes of test images and
-compares with the pictures that really have that class and that content, beside baselines. Writes
-translation.json and translation_<name>.png (contents on top, classes at the left) under bench/results/. With
---only the other rows stay as they are; --lpips adds that distance (see docs/evaluation.md for its weights).
+Trains the same networks on one thread from launch/configs/translation_small.yaml (on a core 10 minutes, 2
+and 10 for a seed), then swaps codes of test images and compares with the pictures that really have that class
+and that content, beside baselines. Writes translation.json and translation_<name>.png of the first seed
+(contents on top, classes at the left) under bench/results/. What --only and --seeds leave out stays as it is;
+--lpips adds that distance (see docs/evaluation.md for its weights).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from sivae_fast.config import load_config
 from sivae_fast.data.factors import Factors
-from sivae_fast.data.made_images import ACROSS, AWAY, COLOURS, SHAPES, TURNS
+from sivae_fast.data.made_images import ACROSS, AWAY, COLOURS, SHAPES
 from sivae_fast.evaluation import reconstruction, translation
 from sivae_fast.evaluation.reconstruction import error_functions
 from sivae_fast.files import write_text
@@ -34,9 +36,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 CONFIG = ROOT / "launch" / "configs" / "translation_small.yaml"
 
-#: Images are chosen so that every run takes about the same processor time.
 RUNS = {
-    "vae": ["objective.kind=vae", "train.images=49600", "run.name=translation_vae"],
+    "vae": ["objective.kind=vae", "run.name=translation_vae"],
+    "vae_as_long": ["objective.kind=vae", "train.images=180000", "run.name=translation_vae_as_long"],
     "soft_introvae": [],
 }
 
@@ -44,6 +46,7 @@ RUNS = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", choices=RUNS, nargs="+", default=list(RUNS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="for every run")
     parser.add_argument("--lpips", type=Path, help="folder of AlexNet's weights")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: the committed results")
@@ -53,18 +56,21 @@ def main(arguments: list[str] | None = None) -> None:
     functions = error_functions(ERRORS if options.lpips else ("mse", "ssim"), options.lpips)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "translation.json"
-    rows = json.loads(path.read_text())["runs"] if path.is_file() else {}
-    for name in options.only:
-        seconds, folder = trained([*RUNS[name], *options.set])
+    for seed, name in itertools.product(options.seeds, options.only):
+        seconds, folder = trained([*RUNS[name], f"train.seed={seed}", *options.set])
         snapshot = sorted((folder / "snapshots").glob("*.safetensors"))[-1]
         run = Inference.load(snapshot, device="cpu", batch=256, show=False)
         swaps = Swaps(run, run.factors())
         with torch.no_grad():
-            rows[name] = {"processor_seconds": seconds, **measure(swaps, functions)}
-            draw(run.model, swaps.factors, options.out / f"translation_{name}.png")
-            result = {**facts, "baselines": baselines(swaps, functions), "runs": rows}
+            row = {"processor_seconds": seconds, **measure(swaps, functions)}
+            if seed == options.seeds[0]:
+                draw(run.model, swaps.factors, options.out / f"translation_{name}.png")
+            # Read again, since another process may train other seeds.
+            runs = json.loads(path.read_text())["runs"] if path.is_file() else {}
+            runs[name] = dict(sorted({**runs.get(name, {}), str(seed): row}.items()))
+            result = {**facts, "baselines": baselines(swaps, functions), "means": means(runs), "runs": runs}
         write_text(path, json.dumps(result, indent=1) + "\n")
-        print(name, json.dumps(rows[name], indent=1), flush=True)
+        print(name, seed, json.dumps(row, indent=1), flush=True)
 
 
 def trained(overrides: list[str]) -> tuple[float, Path]:
@@ -98,7 +104,6 @@ def by_factor(model, factors: Factors, z: Tensor, count: int = 200) -> dict[str,
         "colour": len(COLOURS),
         "across": len(ACROSS),
         "away": len(AWAY),
-        "direction": len(TURNS),
     }
     values = torch.cartesian_prod(*map(torch.arange, sizes.values()))  # in the order of the made pictures
     strides = torch.tensor([math.prod([*sizes.values()][i + 1 :]) for i in range(len(sizes))])
@@ -114,6 +119,18 @@ def by_factor(model, factors: Factors, z: Tensor, count: int = 200) -> dict[str,
             key: reconstruction.mse(swapped, to_float(factors.images[of])).mean().item()
             for key, of in (("to_the_right", right), ("to_the_other", wrong))
         }
+    return found
+
+
+def means(runs: dict) -> dict[str, dict]:
+    """Of each run over its seeds: errors of swaps and reconstructions, with the least and the most."""
+    found = {}
+    for name, by_seed in runs.items():
+        found[name] = {"seeds": len(by_seed), "images": next(iter(by_seed.values()))["images"]}
+        for what in ("swap", "reconstruction"):
+            for error in next(iter(by_seed.values()))[what]:
+                values = [row[what][error] for row in by_seed.values()]
+                found[name][f"{what}_{error}"] = [sum(values) / len(values), min(values), max(values)]
     return found
 
 
