@@ -16,8 +16,9 @@
 # A bench writes its results after every case, and each part that ended has a line in RESULTS/parts.txt: what is
 # there stays whole where the machine is taken away in between.
 #
-# Needs PyTorch with Triton, NumPy, safetensors, pydantic, PyYAML, Pillow, pytest, pytest-benchmark and hypothesis;
-# without matplotlib there are no pictures. Without a GPU the same benches run on the CPU.
+# Needs PyTorch with Triton, NumPy, safetensors, pydantic, PyYAML, Pillow, pytest, pytest-benchmark,
+# pytest-xdist and hypothesis; without matplotlib there are no pictures. Without a GPU the same benches run on the
+# CPU.
 set -uo pipefail
 out=$(mkdir -p "${1:?the folder of the results}" && cd "$1" && pwd)
 parts=" ${*:2} "
@@ -46,9 +47,9 @@ run() { # NAME COMMAND...: keeps the output, goes on after a failure
 pytest=(python3 -m pytest -o addopts="" -q -m gpu --benchmark-skip)
 # Of all tests only these files: a collection of the others takes longer and needs more packages.
 mapfile -t files < <(grep -rl --include="test_*.py" "mark\.gpu" tests)
-# A process a file, JOBS (8) at a time: some 500 kernels compile for a second each, which takes longer than they run.
-run tests xargs -a <(printf '%s\n' "${files[@]}" tests/kernels/triton_cases/test_*.py) -P "${JOBS:-8}" -I FILE \
-  bash -c '"$@" || [ $? = 5 ]' - "${pytest[@]}" FILE -k "not stress"
+# In JOBS (8) processes: some 500 kernels compile for a second each, which takes longer than they run.
+run tests "${pytest[@]}" -n "${JOBS:-8}" --dist worksteal -k "not stress" "${files[@]}" \
+  tests/kernels/triton_cases/test_*.py
 SIVAE_STRESS=${SIVAE_STRESS:-20000} run stress "${pytest[@]}" tests/kernels/test_gpu.py -k stress
 run losses python3 bench/losses.py ${LOSSES:-} --out "$out"
 run chains python3 bench/chains.py ${CHAINS:-} --out "$out"

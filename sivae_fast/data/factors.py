@@ -44,7 +44,7 @@ class Factors(NamedTuple):
 def load_factors(path: str | Path | None, resolution: int = 64) -> Factors:
     """A set of square images with factors, recognised by what lies at `path`:
 
-    None            the made pictures: 6 shapes in 6 colours, at 15 places in 5 directions
+    None            the made pictures: 6 shapes in 6 colours, at 77 places
     folder          Cars3D: `*.mat` of `nips2015-analogy-data` (class: car; content: azimuth and elevation)
     folder          SmallNorb: `smallnorb-*-{dat,cat,info}.mat`, also as .gz (class: category, instance,
                     elevation, lighting and camera; content: azimuth)
