@@ -3,9 +3,9 @@
     python bench/chamfer.py [--device cuda] [--batch 8] [--points 512 1024 2048]
 
 A version is measured when its errors and gradients agree with float64 brute force in this run. Time is that
-of one call, on the CPU the best in processor time, on a GPU as issued from Python and, in `gpu`, in a CUDA
-graph; memory is what forward and backward add at their peak. Writes chamfer-<device>.json; pytorch3d has no
-rows where it is not installed.
+of one call, on the CPU the best in processor time, on a GPU as issued from Python and, as `..._gpu_ms`, in a
+CUDA graph; memory is what forward and backward add at their peak. Writes chamfer-<device>.json; pytorch3d has
+no rows where it is not installed.
 """
 
 from __future__ import annotations

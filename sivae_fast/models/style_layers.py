@@ -68,8 +68,8 @@ def per_channel(channels: int) -> nn.Parameter:
 class MeanOfShifts(torch.autograd.Function):
     """Mean of the four one-pixel shifts of `weight` [.., .., 3, 3]: [.., .., 4, 4].
 
-    The gradient is the mean over the four places that a pixel went to. PyTorch's own is wrong on CUDA up to
-    2.13 for channels-last weights: shifted by the padding (pytorch/pytorch#188344).
+    The gradient is the mean over the four places that a pixel went to. PyTorch's own is wrong on CUDA for
+    channels-last weights: shifted by the padding (pytorch/pytorch#188344 of June 2026, seen with 2.11).
     """
 
     @staticmethod

@@ -101,8 +101,8 @@ SIZES = [(1, 1, 1, 2), (2, 3, 1, 7), (2, 5, 7, 5), (1, 16, 8, 8), (1, 70, 2, 4),
 @pytest.mark.parametrize("form", [LAST, PLAIN], ids=["channels-last", "contiguous"])
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_sizes(device, shape, form):
-    # Of two pixels the gradient is what is left where all but 1e-5 of it cancels; seen on a GPU: 13 times.
-    factor = 16.0 if shape[2] * shape[3] == 2 else 1.0
+    # Of two pixels the gradient is what is left where all but 1e-5 of it cancels: 5e-5 off as a GPU rounds.
+    factor = 16.0 if device == "cuda" and shape[2] * shape[3] == 2 else 1.0
     (y, *_), gradients = agrees(chain(shape, device=device, form=form), factor=factor)
     assert y.is_contiguous(memory_format=form) and gradients["x"].stride() == y.stride()
 
